@@ -1,0 +1,1 @@
+"""Alignment: n templates, one response (Section 3.1)."""

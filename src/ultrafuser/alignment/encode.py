@@ -1,0 +1,154 @@
+"""Conversations to token ids: one prompt piece per specialist, one response shared by all.
+
+The response is tokenised once and closed by one shared end token, so it is the same for every template by
+construction (Section 3.1; UltraChat's own trainer tokenises segment by segment for the same reason).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ultrafuser.chat.messages import Conversation
+from ultrafuser.chat.template import Template
+from ultrafuser.chat.turns import last_turn, split_prompt, split_turns
+from ultrafuser.errors import DataError
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTurn:
+    """One response and what each specialist reads before it.
+
+    Attributes:
+        prompts: Token ids of each specialist's prompt piece, in order.
+        response: Token ids of the response, the shared end token last.
+        hides_end: Specialists that must not see the end token, since their template ends turns in its own way.
+    """
+
+    prompts: tuple[Ids, ...]
+    response: Ids
+    hides_end: tuple[bool, ...]
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of a batch that this turn takes: its longest prompt piece and its response."""
+        return max(len(prompt) for prompt in self.prompts) + len(self.response)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRecord:
+    """A conversation as token ids, ready for `collate`."""
+
+    id: str
+    domain: str
+    turns: tuple[EncodedTurn, ...]
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of a batch that this record takes."""
+        return sum(turn.num_columns for turn in self.turns)
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Tokens that are trained, end tokens included."""
+        return sum(len(turn.response) for turn in self.turns)
+
+
+class Encoder:
+    """Turns conversations into ids for n templates over one tokenizer.
+
+    Args:
+        tokenizer: The shared tokenizer; its EOS closes every response.
+        templates: One per specialist, in order.
+
+    Raises:
+        DataError: The tokenizer has no EOS token.
+    """
+
+    def __init__(self, tokenizer: Any, templates: Sequence[Template]) -> None:
+        if tokenizer.eos_token is None:
+            raise DataError("the tokenizer has no end token (eos_token): set one, so that responses can end")
+        self.tokenizer = tokenizer
+        self.templates = tuple(templates)
+
+    @cached_property
+    def end_id(self) -> int:
+        """Id of the shared end token."""
+        return int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def pad_id(self) -> int:
+        """Id that fills padding; never seen, since its mask is 0."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if pad is not None else self.end_id
+
+    def encode(self, conversation: Conversation, *, id: str, domain: str, turns: str = "all") -> EncodedRecord:
+        """Encode a conversation to train on or to score.
+
+        Args:
+            conversation: Ends with an assistant message.
+            id: Names the record in errors and logs.
+            domain: Its domain.
+            turns: "all" responses count, or the "last" alone, with what is before it as its prompt.
+
+        Raises:
+            DataError: No response, or an empty prompt.
+            TemplateError: A template cannot write it, or changes earlier turns.
+        """
+        names = self._special_names()
+        if turns == "last":
+            pieces = [[last_turn(template, conversation, **names)] for template in self.templates]
+        else:
+            pieces = [split_turns(template, conversation, **names) for template in self.templates]
+        if not pieces[0]:
+            raise DataError(f"record {id} has no response: nothing to train on")
+        encoded = tuple(
+            EncodedTurn(
+                prompts=tuple(self._ids(piece.prompt) for piece in turn),
+                response=(*self._ids(turn[0].response), self.end_id),
+                hides_end=tuple(piece.hides_end for piece in turn),
+            )
+            for turn in zip(*pieces, strict=True)
+        )
+        for number, turn in enumerate(encoded, start=1):
+            self._check_prompts(turn.prompts, f"record {id}, response {number}")
+        return EncodedRecord(id=id, domain=domain, turns=encoded)
+
+    def encode_prompt(self, conversation: Conversation) -> tuple[Ids, ...]:
+        """Encode a conversation that waits for an answer: one row of ids per specialist.
+
+        Piece by piece, so that the history has the same tokens as in training.
+
+        Raises:
+            DataError: It does not end with a user message, or its prompt is empty.
+            TemplateError: A template cannot write it.
+        """
+        rows = []
+        for template in self.templates:
+            pieces, prompt = split_prompt(template, conversation, **self._special_names())
+            ids: list[int] = []
+            for piece in pieces:
+                end = () if piece.hides_end else (self.end_id,)
+                ids += [*self._ids(piece.prompt), *self._ids(piece.response), *end]
+            rows.append((*ids, *self._ids(prompt)))
+        self._check_prompts(rows, "a conversation to answer")
+        return tuple(rows)
+
+    def _check_prompts(self, prompts: Sequence[Ids], what: str) -> None:
+        for template, prompt in zip(self.templates, prompts, strict=True):
+            if not prompt:
+                raise DataError(
+                    f"{what}: template {template.name!r} writes nothing before the response, so there is nothing to predict "
+                    "it from: give it a user message"
+                )
+
+    def _ids(self, text: str) -> Ids:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+
+    def _special_names(self) -> dict[str, str]:
+        eos = self.tokenizer.eos_token
+        return {"bos_token": self.tokenizer.bos_token or "", "eos_token": eos, "end_token": eos}

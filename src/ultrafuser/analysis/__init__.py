@@ -1,0 +1,1 @@
+"""What a run found: typed results, intervals, the report page and the terminal tables."""

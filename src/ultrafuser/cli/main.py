@@ -1,0 +1,54 @@
+"""The `ultrafuser` command: registers the verbs, shows our errors as one line.
+
+Exit codes: 0 done, 1 an error of ours (one line on stderr) or a check that failed, 2 wrong usage, 130 interrupted (work saved).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from ultrafuser.cli import chat, demo, doctor, prepare, train
+from ultrafuser.errors import UltrafuserError
+
+app = typer.Typer(
+    name="ultrafuser",
+    help="Fuse several fine-tuned language models into one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def configure(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more about what is going on.")] = False,
+) -> None:
+    """Fuse several fine-tuned language models into one."""
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
+
+
+app.command()(train.train)
+app.command()(prepare.prepare)
+app.command()(doctor.doctor)
+app.command()(chat.chat)
+app.command()(demo.demo)
+
+
+def run() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except UltrafuserError as error:
+        print(f"ultrafuser: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("ultrafuser: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,1 @@
+"""Recipes: frozen settings that reproduce a model."""

@@ -1,0 +1,163 @@
+"""A recipe: everything needed to make one fused model, and nothing else.
+
+A YAML file fills these frozen models (`ultrafuser.config.load`). The defaults are the paper's where the
+paper gives a value (Ding et al. 2024, arXiv 2403.08281: Section 3.1, Algorithm 1, Appendix B) and say so;
+unknown keys are errors, never dropped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class StageConfig(Section):
+    """One training stage (Algorithm 1). The defaults are the paper's stage 1 (Appendix B)."""
+
+    steps: PositiveInt = 400
+    learning_rate: PositiveFloat = 2e-5
+    gate_learning_rate: PositiveFloat | None = None  # None: the same as learning_rate
+    records_per_domain: PositiveInt = 64  # a batch holds this many of every domain
+    train_specialists: bool = False  # stage 1 trains the gate alone
+    composed_share: Fraction = 0.0  # part of each batch made by joining records of two domains; the paper has none
+    warmup_steps: NonNegativeInt = 0
+    schedule: Literal["cosine", "constant"] = "cosine"  # cosine: Appendix B
+    min_learning_rate_ratio: Fraction = 0.0  # the cosine ends at this part of the peak
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    max_grad_norm: PositiveFloat | None = 1.0
+    gate_entropy: NonNegativeFloat = 0.0  # rewards spread gate weights; the paper uses no balance term
+
+
+class TuneConfig(StageConfig):
+    """Fine-tune one specialist before fusing (n = 1, the same loop)."""
+
+    domains: tuple[Name, ...]  # which of the recipe's domains it learns from
+    train_specialists: Literal[True] = True
+    records_per_domain: PositiveInt = 32
+
+
+class SpecialistConfig(Section):
+    """One specialist: where its weights come from and how it is spoken to."""
+
+    model: str  # a folder, a hub id (owner/name), or a folder or hub id that holds `gguf_file`
+    revision: str | None = None  # hub commit, branch or tag
+    gguf_file: str | None = None
+    adapter: str | None = None  # a PEFT adapter (folder or hub id), merged into the model at load
+    template: str = "tokenizer"  # a name of the template library, "tokenizer", or a path to a .jinja file
+    trust_remote_code: bool = False
+    tune: TuneConfig | None = None
+
+
+class GateConfig(Section):
+    """The gate: two linear layers with ReLU between, hidden size 512 (Section 3.1, Appendix B)."""
+
+    hidden_size: PositiveInt = 512
+    num_layers: PositiveInt = 2
+    granularity: Literal["token", "prompt"] = "token"
+
+
+class FusionConfig(Section):
+    """How specialists are combined; the defaults are Equation 1."""
+
+    space: Literal["logits", "logprobs", "probs"] = "logits"
+    weighting: Literal["gate", "uniform", "perplexity"] = "gate"
+    perplexity_temperature: PositiveFloat = 1.0
+
+
+class SourceConfig(Section):
+    """Records of one domain: a file, a folder or `hub:owner/name`."""
+
+    path: str
+    file_format: str = "auto"
+    limit: PositiveInt | None = None
+    domain_field: str | None = None
+
+
+class DomainConfig(Section):
+    """One domain: its sources in order."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+
+
+class DataConfig(Section):
+    """The training data and how it is cut into splits and tokens."""
+
+    domains: dict[Name, DomainConfig] = Field(min_length=1)
+    validation_fraction: Fraction = 0.02
+    test_fraction: Fraction = 0.0
+    max_length: PositiveInt = 2048  # columns of an encoded record, in tokens
+    overlength: Literal["drop", "truncate", "error"] = "drop"
+    bad_records: Literal["raise", "skip"] = "raise"  # skip counts and reports them
+    turns: Literal["all", "last"] = "all"  # train on every response of a conversation or the last alone
+    benchmarks: str | None = None  # a folder of benchmark files; records that share a 13-gram are dropped
+
+
+class TrainConfig(Section):
+    """How the loop runs; nothing here changes what is learnt but precision."""
+
+    micro_batch_tokens: PositiveInt = 16384  # columns of a forward pass; a batch is cut into such pieces
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast over fp32 master weights
+    activation_checkpointing: bool = False
+    loss_chunk: PositiveInt = 1024  # response tokens whose logits are held at once
+    checkpoint_every: PositiveInt = 100
+    keep_checkpoints: PositiveInt = 2
+    validate_every: PositiveInt = 100
+    validation_records: NonNegativeInt = 64  # per domain
+    sampler: Literal["balanced", "proportional"] = "balanced"  # balanced: Section 3.1
+    threads: PositiveInt | None = None  # None: torch's own choice
+    device: str | None = None  # None: a GPU if there is one
+
+
+class Recipe(Section):
+    """One fused model, from ingredients to weights."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output: Path | None = None  # None: runs/<name>
+    seed: NonNegativeInt = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the specialists' weights in memory
+    specialists: dict[Name, SpecialistConfig] = Field(min_length=1)
+    tokenizer: str | None = None  # None: the first specialist's
+    gate: GateConfig = GateConfig()
+    fusion: FusionConfig = FusionConfig()
+    data: DataConfig | None = None
+    train: TrainConfig = TrainConfig()
+    stage1: StageConfig | None = StageConfig()
+    stage2: StageConfig | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return self.output if self.output is not None else Path("runs") / self.name
+
+    @model_validator(mode="after")
+    def _check_tuned_domains(self) -> Self:
+        for name, specialist in self.specialists.items():
+            known = set(self.data.domains) if self.data is not None else set()
+            if specialist.tune is not None and (unknown := set(specialist.tune.domains) - known):
+                raise ValueError(
+                    f"specialists.{name}.tune.domains names {', '.join(sorted(unknown))}, but data.domains has "
+                    f"{', '.join(sorted(known)) or 'none'}"
+                )
+        return self

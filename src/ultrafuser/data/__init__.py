@@ -1,0 +1,1 @@
+"""Data: records, their formats, splits and overlaps with benchmarks."""

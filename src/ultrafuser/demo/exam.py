@@ -1,0 +1,90 @@
+"""The demo's exam: loss and accuracy of a model on the test items of every domain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ultrafuser.analysis.results import Answer, AnswerToken, HeatmapRow, Score
+from ultrafuser.demo.ingredients import conversation
+from ultrafuser.demo.world import Item, are_correct, make_items, make_mixed
+from ultrafuser.evaluation.intervals import wilson_interval
+from ultrafuser.evaluation.losses import score_losses
+from ultrafuser.generation import Completion, SamplingParams
+from ultrafuser.model.generator import FusedGenerator
+
+MAX_ANSWER_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """What one model got.
+
+    Attributes:
+        scores: Of each domain.
+        gate_weights: Mean weights over response tokens, domain -> specialist -> weight; empty for a lone model.
+        samples: Mean weights of each test item, for the heatmap.
+        answers: The first few answers of each domain, token by token.
+    """
+
+    scores: dict[str, Score]
+    gate_weights: dict[str, dict[str, float]] = field(default_factory=dict)
+    samples: list[HeatmapRow] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+
+
+def make_exam(domains: Sequence[str], *, items_per_domain: int, seed: int) -> dict[str, list[Item]]:
+    """Test items of each domain, and mixed ones whose answer needs several."""
+    exam = {domain: make_items(domain, "test", items_per_domain, seed) for domain in domains}
+    exam["mixed"] = make_mixed("test", items_per_domain, seed)
+    return exam
+
+
+def take_exam(name: str, generator: FusedGenerator, exam: Mapping[str, Sequence[Item]], *, shown: int = 3) -> Grade:
+    """Score the reference answers and grade the model's own."""
+    several = len(generator.names) > 1
+    grade = Grade(scores={})
+    for domain, items in exam.items():
+        losses = score_losses(generator, [conversation(item) for item in items])
+        completions = generator.generate(
+            [conversation(item)[:1] for item in items], SamplingParams(max_tokens=MAX_ANSWER_TOKENS)
+        )
+        correct = are_correct(items, [completion.text for completion in completions])
+        accuracy = wilson_interval(sum(correct), len(items))
+        grade.scores[domain] = Score(
+            loss=losses.loss.value,
+            loss_low=losses.loss.low,
+            loss_high=losses.loss.high,
+            accuracy=accuracy.value,
+            accuracy_low=accuracy.low,
+            accuracy_high=accuracy.high,
+            n=len(items),
+            tokens=losses.num_tokens,
+        )
+        if several:
+            grade.gate_weights[domain] = dict(zip(generator.names, losses.mean_weights, strict=True))
+            for answer in losses.answers:
+                rows = answer.gate_weights
+                grade.samples.append(
+                    HeatmapRow(domain=domain, weights=[sum(column) / len(rows) for column in zip(*rows, strict=True)])
+                )
+        for item, completion, right in list(zip(items, completions, correct, strict=True))[:shown]:
+            grade.answers.append(_answer(name, generator, item, completion, right, several=several))
+    return grade
+
+
+def _answer(
+    name: str, generator: FusedGenerator, item: Item, completion: Completion, correct: bool, *, several: bool
+) -> Answer:
+    weights = completion.gate_weights if several else ((),) * len(completion.token_ids)
+    return Answer(
+        domain=item.domain,
+        question=item.question,
+        expected=item.answer,
+        correct=correct,
+        model=name,
+        tokens=[
+            AnswerToken(text=generator.tokenizer.decode([token]), weights=list(row))
+            for token, row in zip(completion.token_ids, weights, strict=True)
+        ],
+    )

@@ -1,0 +1,86 @@
+"""What the demo starts from: training files, a tokenizer and a tiny untrained model, all made here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ultrafuser.chat.library import load_template
+from ultrafuser.chat.messages import Conversation, Message
+from ultrafuser.demo.world import Item
+
+VOCABULARY_SIZE = 1024
+
+
+def conversation(item: Item) -> Conversation:
+    """A question with its reference answer."""
+    return (Message("user", item.question), Message("assistant", item.answer))
+
+
+def write_training_files(items: Mapping[str, Sequence[Item]], folder: Path) -> dict[str, Path]:
+    """One JSONL file of `messages` records per domain."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for domain, domain_items in items.items():
+        paths[domain] = folder / f"{domain}.jsonl"
+        lines = (json.dumps({"messages": [m.to_dict() for m in conversation(item)]}) for item in domain_items)
+        paths[domain].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return paths
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about a thousand tokens; every digit is a token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+    )
+
+
+def tokenizer_texts(items: Mapping[str, Sequence[Item]], templates: Iterable[str]) -> list[str]:
+    """What the tokenizer is trained on: every question and answer, and each template once in a while."""
+    chosen = [load_template(name) for name in templates]
+    texts = []
+    for domain_items in items.values():
+        for index, item in enumerate(domain_items):
+            texts += [item.question, item.answer]
+            if index % 20 == 0:
+                texts += [template.render((Message("user", item.question),)) for template in chosen]
+    return texts
+
+
+def untrained_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A Llama of four layers and width 128 with random weights."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            initializer_range=0.06,  # three times the usual: a width of 128 then learns within a hundred steps
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )

@@ -1,0 +1,46 @@
+"""The error tree: every mistake a user can make has one class and one clear line.
+
+    UltrafuserError
+    ├── ConfigError        a recipe or an option is wrong
+    ├── TemplateError      a chat template cannot render, or breaks the alignment of responses
+    ├── DataError          a record, a file or a data set is wrong
+    ├── VocabularyError    specialists disagree about a token
+    ├── ModelError         a model cannot be loaded, built or saved
+    ├── CheckpointError    a checkpoint is missing, damaged or cannot be written
+    └── TrainingError      training cannot go on (a loss that is not finite, say)
+
+The message says what is wrong, with which value, and what to do. The command line shows it as one line; a
+bug, which is any other exception, keeps its traceback.
+"""
+
+
+class UltrafuserError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class ConfigError(UltrafuserError):
+    """A recipe or an option is wrong."""
+
+
+class TemplateError(UltrafuserError):
+    """A chat template cannot render a conversation, or breaks the alignment of responses."""
+
+
+class DataError(UltrafuserError):
+    """A record, a file or a data set is wrong."""
+
+
+class VocabularyError(UltrafuserError):
+    """Specialists disagree about which token an id stands for."""
+
+
+class ModelError(UltrafuserError):
+    """A model cannot be loaded, built or saved."""
+
+
+class CheckpointError(UltrafuserError):
+    """A checkpoint is missing, damaged or cannot be written."""
+
+
+class TrainingError(UltrafuserError):
+    """Training cannot go on."""

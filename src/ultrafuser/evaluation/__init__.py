@@ -1,0 +1,1 @@
+"""Scoring any Generator on held-out records and items."""

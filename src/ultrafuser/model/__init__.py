@@ -1,0 +1,1 @@
+"""The fused model: gate, fusion, cache, loading and saving."""

@@ -1,0 +1,60 @@
+"""FusedCache: one key-value cache per specialist behind the interface of a single one.
+
+The layers of all specialists form one list, so whatever `generate()` does to a cache (crop, reorder, reset,
+repeat) happens to all of them; each specialist is handed its own view, which shares the layer objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+
+
+class FusedCache(Cache):
+    """Caches of several specialists that advance together.
+
+    Args:
+        views: The specialists' own caches by name, in order; their layers must exist already (built from a config).
+    """
+
+    def __init__(self, views: Mapping[str, Cache]) -> None:
+        super().__init__(layers=[layer for view in views.values() for layer in view.layers])
+        self.views = dict(views)
+        self.held_scores: Tensor | None = None  # [B, N]: the prompt's scores where granularity is "prompt"
+
+    @classmethod
+    def from_configs(cls, configs: Mapping[str, PreTrainedConfig]) -> FusedCache:
+        """A growing cache for each specialist."""
+        return cls({name: DynamicCache(config=config) for name, config in configs.items()})
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
+        """Columns held so far (of the first specialist: outside `forward` all hold the same)."""
+        length: int | Tensor = next(iter(self.views.values())).get_seq_length(layer_idx)
+        # A static cache gives its counter itself, which moves when the first specialist has run.
+        return length.clone() if isinstance(length, Tensor) else length
+
+    def reset(self) -> None:
+        """Forget everything, the held scores too."""
+        super().reset()
+        self.held_scores = None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        if self.held_scores is not None:
+            self.held_scores = self.held_scores[indices]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        if self.held_scores is not None:
+            self.held_scores = self.held_scores.repeat_interleave(repeats, dim=0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> Any:
+        """Reorder rows, as beam search does."""
+        super().reorder_cache(beam_idx)
+        if self.held_scores is not None:
+            self.held_scores = self.held_scores.index_select(0, beam_idx.to(self.held_scores.device))

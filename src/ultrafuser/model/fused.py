@@ -1,0 +1,399 @@
+"""FusedForCausalLM: n specialists and a gate as one causal LM of transformers (Equation 1).
+
+Every specialist runs on every token, in its own chat template; the gate weighs their logits.
+
+Shapes: B rows, T columns, N specialists, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ultrafuser.errors import ModelError
+from ultrafuser.model.backbone import head_logits, last_hidden_state
+from ultrafuser.model.cache import FusedCache
+from ultrafuser.model.configuration import FusedConfig
+from ultrafuser.model.decoding import FusedDecoding
+from ultrafuser.model.fusion import fuse_logits, gate_weights, hold_scores, perplexity_scores, uniform_scores
+from ultrafuser.model.gate import Gate
+from ultrafuser.model.loss import fused_nll
+
+if TYPE_CHECKING:
+    from ultrafuser.chat.template import Template
+    from ultrafuser.config.recipe import Recipe, SpecialistConfig
+
+IGNORED = -100  # label of a column that is not trained
+_WHOLE_PROMPT = "perplexity weights need the whole prompt in one forward: no chunked prefill, and prompt_length with a cache"
+_LOADING_WISHES = (
+    "_keep_in_fp32_modules",
+    "_keep_in_fp32_modules_strict",
+    "_no_split_modules",
+    "_skip_keys_device_placement",
+    "_keys_to_ignore_on_load_unexpected",
+    "_keys_to_ignore_on_load_missing",
+)
+
+
+@dataclass
+class FusedOutput(CausalLMOutputWithPast):
+    """Output of `FusedForCausalLM.forward`.
+
+    Attributes:
+        loss: Mean NLL over labelled tokens, nats; None without labels.
+        logits: [B, T, V], fp32; None in training unless `skip_logits=False`.
+        past_key_values: The advanced cache.
+        gate_weights: [B, T, N]: weights of the specialists in predicting the token after each column.
+    """
+
+    gate_weights: Tensor | None = None
+
+
+class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Several specialists that write one text.
+
+    Build it with `from_specialists`, load it with `from_pretrained`.
+    """
+
+    config_class = FusedConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    # The pattern is matched against module names; Llama's gate_proj must not match.
+    _keep_in_fp32_modules_strict = ["fusion_gate"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: FusedConfig) -> None:
+        super().__init__(config)
+        self.specialists = nn.ModuleDict(
+            {name: AutoModelForCausalLM.from_config(part) for name, part in config.specialist_configs.items()}
+        )
+        self.fusion_gate = Gate(
+            dict(zip(config.names, config.hidden_sizes, strict=True)),
+            hidden_size=config.gate_hidden_size,
+            num_layers=config.gate_num_layers,
+        ).float()
+        self.last_gate_weights: Tensor | None = None  # of the latest forward, for whoever watches generate()
+        self.loss_chunk = 1024
+        # Specialists left out at load are in the file and not here, on purpose.
+        mine = "|".join(config.names)
+        self._keys_to_ignore_on_load_unexpected = [rf"^(specialists|fusion_gate\.projections)\.(?!({mine})\.)"]
+        self.post_init()
+        self._adopt_specialists()
+
+    def _adopt_specialists(self) -> None:
+        """Know of tied heads and of what the specialists' classes ask of a loader; `post_init` sees direct children only."""
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+        for specialist in self.specialists.values():
+            for wish in _LOADING_WISHES:
+                getattr(self, wish).update(getattr(specialist, wish, None) or ())
+
+    @classmethod
+    def from_specialists(
+        cls,
+        specialists: Mapping[str, PreTrainedModel | str | Path | SpecialistConfig],
+        *,
+        templates: Mapping[str, str | Template] | Sequence[str | Template] | str | None = None,
+        tokenizer: Any = None,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Self:
+        """Fuse models; the gate is new and untrained. See `ultrafuser.model.build.build_fused`."""
+        from ultrafuser.model.build import build_fused
+
+        return build_fused(
+            cls, specialists, templates=templates, tokenizer=tokenizer, dtype=dtype, seed=seed, **options
+        )
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, *, tokenizer: Any = None) -> Self:
+        """Fuse the specialists of a recipe as they are on disk; the gate is new and untrained."""
+        from ultrafuser.model.build import build_from_recipe
+
+        return build_from_recipe(cls, recipe, tokenizer=tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved fusion, full or gate-only. See `ultrafuser.model.checkpoint.load_fused` for `without` and `add`."""
+        from ultrafuser.model.checkpoint import load_fused
+
+        return load_fused(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the specialists, in order."""
+        return list(self.specialists)
+
+    @property
+    def active_names(self) -> list[str]:
+        """Specialists that run: all, or the one named by `config.solo`."""
+        return [self.config.solo] if self.config.solo else self.names
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The first specialist's."""
+        module: nn.Module = self.specialists[self.names[0]].get_input_embeddings()
+        return module
+
+    def get_output_embeddings(self) -> None:
+        """None: the fused model has n heads, tied or not inside each specialist."""
+
+    def head(self, name: str, hidden: Float[Tensor, "*rows H"]) -> Float[Tensor, "*rows V"]:
+        """Logits of one specialist."""
+        return head_logits(self.specialists[name], hidden)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        specialist_input_ids: Int[Tensor, "B N T"] | None = None,
+        specialist_attention_mask: Tensor | Sequence[Any] | None = None,
+        specialist_position_ids: Int[Tensor, "B N T"] | None = None,
+        prompt_length: int | None = None,
+        skip_logits: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: Any,
+    ) -> FusedOutput:
+        """Run all specialists on their own view of the text and fuse what they say.
+
+        Args:
+            input_ids: Tokens that all specialists read; or the first one's view, when `specialist_input_ids` is given.
+            attention_mask: [B, past + T], 1 where a token is real; padding may stand on either side.
+            labels: Token of each column where it is a response token, -100 elsewhere; shifted here, as usual.
+            position_ids: Positions of `input_ids`; default: counted over real tokens.
+            past_key_values: A `FusedCache`; made on demand when `use_cache` is true.
+            logits_to_keep: Give logits of the last so many columns only; 0 keeps all.
+            specialist_input_ids: Each specialist's own view, in its template, of one length with the response aligned.
+            specialist_attention_mask: [B, N, past + T] for these; or a 4-D mask each, when decoding with a static cache.
+            specialist_position_ids: Positions of these; default: counted over real tokens.
+            prompt_length: Columns of these inputs that are prompt, where it ends among them; for granularity "prompt" and
+                perplexity weights without labels.
+            skip_logits: Leave logits out; default: in training with labels, where nobody reads them.
+            num_items_in_batch: Divisor of the loss, as `transformers.Trainer` passes it; default: labelled tokens.
+
+        Returns:
+            `FusedOutput` with loss, logits, cache and gate weights [B, T, N].
+
+        Raises:
+            ModelError: Neither kind of input ids, or a cache that is no `FusedCache`.
+
+        Source: Ding et al. 2024 (arXiv 2403.08281), Equation 1.
+        """
+        if past_key_values is None and use_cache and not self.training:
+            configs = self.config.specialist_configs
+            past_key_values = FusedCache.from_configs({name: configs[name] for name in self.active_names})
+        if past_key_values is not None and not isinstance(past_key_values, FusedCache):
+            raise ModelError(f"past_key_values is a {type(past_key_values).__name__}; pass a FusedCache, or none")
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        views = self._views(input_ids, attention_mask, specialist_input_ids, specialist_attention_mask)
+        hiddens = {}
+        for name, (ids, mask) in views.items():
+            positions = position_ids
+            if specialist_position_ids is not None:
+                positions = specialist_position_ids[:, self.names.index(name)]
+            hiddens[name] = last_hidden_state(
+                self.specialists[name],
+                ids,
+                attention_mask=mask,
+                position_ids=positions if positions is not None else _positions(mask, ids, past_length),
+                cache=past_key_values.views[name] if past_key_values is not None else None,
+            )
+        starts = _response_starts(labels, prompt_length, next(iter(views.values()))[0])
+        weights = self._weights(hiddens, views, starts, past_key_values, prompt_length)
+        self.last_gate_weights = weights.detach()
+        loss = None
+        if labels is not None:
+            loss = self._loss(hiddens, weights, labels, num_items_in_batch)
+        logits = None
+        if not (skip_logits if skip_logits is not None else self.training and labels is not None):
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self._fused_logits({name: hidden[:, keep] for name, hidden in hiddens.items()}, weights[:, keep])
+        return FusedOutput(loss=loss, logits=logits, past_key_values=past_key_values, gate_weights=weights)
+
+    def response_nll(
+        self,
+        labels: Int[Tensor, "B T"],
+        specialist_input_ids: Int[Tensor, "B N T"],
+        specialist_attention_mask: Int[Tensor, "B N T"],
+    ) -> tuple[Float[Tensor, " M"], Float[Tensor, "M N"], Bool[Tensor, "B T"]]:
+        """What training and scoring need: NLL and gate weights of each response token, and no logits.
+
+        Returns:
+            NLL (nats) and weights of the M response tokens in row order, and the mask of the columns that predict them.
+        """
+        views = self._views(None, None, specialist_input_ids, specialist_attention_mask)
+        hiddens = {
+            name: last_hidden_state(
+                self.specialists[name], ids, attention_mask=mask, position_ids=_positions(mask, ids, 0)
+            )
+            for name, (ids, mask) in views.items()
+        }
+        starts = _response_starts(labels, None, labels)
+        predicting, targets = _shift(labels)
+        held = self.config.granularity == "prompt" or self.config.weighting == "perplexity"
+        if held:
+            weights = self._weights(hiddens, views, starts, None)[predicting]
+            rows = {name: hidden[predicting] for name, hidden in hiddens.items()}
+        else:
+            rows = {name: hidden[predicting] for name, hidden in hiddens.items()}
+            weights = self._weights(rows, views, None, None)
+        return self._nll(rows, weights, targets), weights, predicting
+
+    def _views(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        specialist_input_ids: Tensor | None,
+        specialist_attention_mask: Tensor | Sequence[Any] | None,
+    ) -> dict[str, tuple[Tensor, Any]]:
+        """Each active specialist's ids [B, T] and mask."""
+        if specialist_input_ids is None and input_ids is None:
+            raise ModelError("forward needs input_ids, or specialist_input_ids")
+        views: dict[str, tuple[Tensor, Any]] = {}
+        for name in self.active_names:
+            j = self.names.index(name)
+            mask = attention_mask
+            if isinstance(specialist_attention_mask, Tensor):
+                mask = specialist_attention_mask[:, j]
+            elif specialist_attention_mask is not None:
+                mask = specialist_attention_mask[j]
+            ids = input_ids if specialist_input_ids is None else specialist_input_ids[:, j]
+            assert ids is not None
+            views[name] = (ids, mask)
+        return views
+
+    def _weights(
+        self,
+        hiddens: Mapping[str, Tensor],
+        views: Mapping[str, tuple[Tensor, Any]],
+        starts: Tensor | None,
+        cache: FusedCache | None,
+        prompt_length: int | None = None,
+    ) -> Tensor:
+        """Weights [..., N]; one-hot when one specialist answers alone."""
+        first = next(iter(hiddens.values()))
+        if self.config.solo or len(self.names) == 1:
+            only = self.config.solo or self.names[0]
+            weights = first.new_zeros((*first.shape[:-1], len(self.names)), dtype=torch.float32)
+            weights[..., self.names.index(only)] = 1.0
+            return weights
+        weighting = self.config.weighting
+        if weighting == "uniform":
+            return gate_weights(uniform_scores(first, len(self.names)))
+        carried = cache.held_scores if cache is not None else None
+        if weighting == "perplexity":
+            if carried is not None:
+                scores = uniform_scores(first, len(self.names))  # covered by the carried ones below
+            elif cache is not None and int(cache.get_seq_length()) > first.shape[1]:
+                raise ModelError(_WHOLE_PROMPT)
+            else:
+                scores = self._perplexity_scores(hiddens, views)
+        else:
+            scores = self.fusion_gate(list(hiddens.values()), list(hiddens))
+        if starts is not None and (self.config.granularity == "prompt" or weighting == "perplexity"):
+            scores = hold_scores(scores, starts, carried)
+            if cache is not None and prompt_length is not None:
+                cache.held_scores = scores[:, -1]
+        return gate_weights(scores)
+
+    def _perplexity_scores(self, hiddens: Mapping[str, Tensor], views: Mapping[str, tuple[Tensor, Any]]) -> Tensor:
+        """Scores [B, T, N] from how well each specialist predicts the text it has seen, a head at a time."""
+        scores = []
+        for name, hidden in hiddens.items():
+            ids, mask = views[name]
+            visible = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+            if visible.shape != ids.shape:
+                raise ModelError(_WHOLE_PROMPT)
+            before = _previous_visible(visible)
+            known = visible & (before >= 0)  # the first real token has nothing before it
+            rows, columns = known.nonzero(as_tuple=True)
+            predicting = hidden[rows, before[rows, columns]]
+            nll = hidden.new_zeros(ids.shape, dtype=torch.float32)
+            nll[rows, columns] = fused_nll(
+                [predicting],
+                torch.ones_like(predicting[:, :1], dtype=torch.float32),
+                ids[rows, columns],
+                [lambda h, name=name: self.head(name, h)],
+                chunk=self.loss_chunk,
+            )
+            scores.append(perplexity_scores(nll, known, self.config.perplexity_temperature))
+        return torch.stack(scores, dim=-1)
+
+    def _fused_logits(self, hiddens: Mapping[str, Tensor], weights: Tensor) -> Tensor:
+        active = [self.names.index(name) for name in hiddens]
+        logits = [self.head(name, hidden) for name, hidden in hiddens.items()]
+        return fuse_logits(logits, weights[..., active], self.config.fusion_space)
+
+    def _nll(self, rows: Mapping[str, Tensor], weights: Tensor, targets: Tensor) -> Tensor:
+        active = [self.names.index(name) for name in rows]
+        return fused_nll(
+            list(rows.values()),
+            weights[:, active],
+            targets,
+            [lambda hidden, name=name: self.head(name, hidden) for name in rows],
+            space=self.config.fusion_space,
+            chunk=self.loss_chunk,
+        )
+
+    def _loss(
+        self, hiddens: Mapping[str, Tensor], weights: Tensor, labels: Tensor, num_items: Tensor | int | None
+    ) -> Tensor:
+        predicting, targets = _shift(labels)
+        rows = {name: hidden[predicting] for name, hidden in hiddens.items()}
+        nll = self._nll(rows, weights[predicting], targets)
+        return nll.sum() / (num_items if num_items is not None else max(len(nll), 1))
+
+
+def _positions(mask: Any, ids: Tensor, past_length: int | Tensor) -> Tensor:
+    """Positions [B, T]: padding may stand anywhere, so a token's column is not its position: count real tokens."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return (torch.arange(ids.shape[1], device=ids.device) + past_length).expand_as(ids)
+
+
+def _shift(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns [B, T] that predict a response token, and those tokens [M]."""
+    following = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
+    predicting = following != IGNORED
+    return predicting, following[predicting]
+
+
+def _previous_visible(visible: Tensor) -> Tensor:
+    """Column [B, T] of the nearest visible token on the left of each column; -1 where there is none."""
+    columns = torch.arange(visible.shape[1], device=visible.device).expand_as(visible)
+    latest = torch.where(visible, columns, -1).cummax(dim=1).values
+    return torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], dim=1)
+
+
+def _response_starts(labels: Tensor | None, prompt_length: int | None, ids: Tensor) -> Tensor:
+    """True [B, T] at the last column of each prompt."""
+    if labels is not None:
+        trained = labels != IGNORED
+        starts = torch.zeros_like(trained)
+        starts[:, :-1] = trained[:, 1:] & ~trained[:, :-1]
+        return starts
+    starts = torch.zeros_like(ids, dtype=torch.bool)
+    if prompt_length is not None:
+        starts[:, prompt_length - 1] = True
+    return starts
+
+
+AutoModelForCausalLM.register(FusedConfig, FusedForCausalLM, exist_ok=True)

@@ -1,0 +1,99 @@
+"""A phase: one run of the loop on one model, what it trains, and the hash of all that decides its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ultrafuser.alignment.encode import EncodedRecord, Encoder
+from ultrafuser.config.recipe import StageConfig, TrainConfig
+from ultrafuser.data.records import Record
+from ultrafuser.errors import TrainingError
+from ultrafuser.model.fused import FusedForCausalLM
+from ultrafuser.train.optimizer import is_gate
+
+logger = logging.getLogger(__name__)
+
+# What of TrainConfig changes the numbers, be it by rounding alone.
+DECISIVE = {"sampler", "precision", "micro_batch_tokens", "loss_chunk"}
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One run of the loop.
+
+    Attributes:
+        name: `tune-<specialist>`, `stage1`, `stage2`.
+        model: Trained in place.
+        encoder: For the model's templates.
+        records: Encoded training records of each domain.
+        sources: The same records as conversations, for joining two of them.
+        validation: Encoded validation records of each domain.
+        stage: Steps, rates and batch.
+        train: How the loop runs.
+        seed: Of the batches and of any dropout.
+        folder: Takes `metrics.jsonl`, `checkpoints/` and `tensorboard/`.
+        max_length: Columns of a record made by joining two; None: no limit.
+    """
+
+    name: str
+    model: FusedForCausalLM
+    encoder: Encoder
+    records: Mapping[str, Sequence[EncodedRecord]]
+    sources: Mapping[str, Sequence[Record]]
+    validation: Mapping[str, Sequence[EncodedRecord]]
+    stage: StageConfig
+    train: TrainConfig
+    seed: int
+    folder: Path
+    max_length: int | None = None
+
+
+def choose_parameters(model: FusedForCausalLM, *, train_specialists: bool) -> dict[str, nn.Parameter]:
+    """Freeze and unfreeze; returns what is trained, by name.
+
+    The gate is left out where it decides nothing: beside a lone specialist, or under weights that need no training.
+
+    Raises:
+        TrainingError: Nothing is left to train.
+    """
+    gate_decides = len(model.names) > 1 and model.config.weighting == "gate" and model.config.solo is None
+    trained: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(gate_decides if is_gate(name) else train_specialists)
+        if parameter.requires_grad:
+            trained[name] = parameter
+    if not trained:
+        raise TrainingError("nothing to train: where no gate decides, a stage needs train_specialists: true")
+    if rounded := {str(parameter.dtype) for parameter in trained.values()} - {"torch.float32"}:
+        logger.warning(
+            "training weights kept in %s loses small updates: set dtype: float32 (and train.precision: bf16 for speed)",
+            ", ".join(sorted(rounded)),
+        )
+    return trained
+
+
+def hash_phase(phase: Phase, trained: Mapping[str, nn.Parameter]) -> str:
+    """Hash of all that decides the result: settings, data, templates and the weights at the start of the phase."""
+    digest = hashlib.sha256()
+    loop = phase.train.model_dump(include=DECISIVE)
+    settings = [phase.name, phase.seed, phase.stage.model_dump(mode="json"), loop]
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    for template in phase.encoder.templates:
+        digest.update(template.source.encode())
+    for domain, records in phase.records.items():
+        digest.update(domain.encode())
+        for record in records:
+            digest.update(record.id.encode())
+    with torch.no_grad():
+        for name, parameter in phase.model.named_parameters():
+            digest.update(f"{name}:{name in trained}:{tuple(parameter.shape)}".encode())
+            digest.update(parameter.double().sum().cpu().numpy().tobytes())
+    return digest.hexdigest()

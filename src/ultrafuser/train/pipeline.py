@@ -1,0 +1,190 @@
+"""From a recipe to a fused model: tune specialists, train the gate, train everything, save (Algorithm 1).
+
+Every phase resumes from its newest checkpoint; what is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ultrafuser.alignment.encode import EncodedRecord, Encoder
+from ultrafuser.config.load import dump_recipe
+from ultrafuser.config.recipe import DataConfig, Recipe, SpecialistConfig, StageConfig
+from ultrafuser.data.dataset import Dataset, encode_records, load_dataset
+from ultrafuser.data.records import Record
+from ultrafuser.errors import CheckpointError, ConfigError, DataError
+from ultrafuser.model.build import read_templates
+from ultrafuser.model.checkpoint import save_fused
+from ultrafuser.model.fused import FusedForCausalLM
+from ultrafuser.model.specialist import load_tokenizer
+from ultrafuser.train.checkpoint import put_in_place
+from ultrafuser.train.loop import Loop
+from ultrafuser.train.phase import DECISIVE, Phase
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "tuned.json"  # in the folder of a tuned specialist: what it was made with
+
+
+class Trainer:
+    """Trains what a recipe describes.
+
+    Args:
+        recipe: The whole recipe.
+        dataset: Its data, when already loaded.
+    """
+
+    def __init__(self, recipe: Recipe, *, dataset: Dataset | None = None) -> None:
+        if recipe.data is None:
+            raise ConfigError(f"recipe {recipe.name!r} has no data section, so there is nothing to train on")
+        self.recipe = recipe
+        self.data: DataConfig = recipe.data
+        self.dataset = dataset if dataset is not None else load_dataset(recipe.data)
+        if recipe.train.threads is not None:
+            torch.set_num_threads(recipe.train.threads)
+        self.device = _device(recipe.train.device)
+        first = next(iter(recipe.specialists.values()))
+        self.tokenizer: Any = load_tokenizer(SpecialistConfig(model=recipe.tokenizer) if recipe.tokenizer else first)
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return self.recipe.folder
+
+    def run(self) -> Path:
+        """Do all phases and save the fused model; returns its folder."""
+        text = dump_recipe(self.recipe)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "recipe.yaml").exists():
+            (self.folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        specialists = {name: self.tuned_specialist(name) for name in self.recipe.specialists}
+        model = self.build(specialists)
+        for name, stage in (("stage1", self.recipe.stage1), ("stage2", self.recipe.stage2)):
+            if stage is not None and (len(specialists) > 1 or stage.train_specialists):
+                self.run_stage(name, model, stage)
+        # Now that no phase has refused: a recipe that does not fit this folder must not replace the one that does.
+        (self.folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        target = save_fused(model, self.folder / "model", tokenizer=self.tokenizer, recipe=text)
+        logger.info("the fused model is in %s", target)
+        return target
+
+    def tuned_specialist(self, name: str) -> SpecialistConfig:
+        """A specialist as the recipe wants it: as it is, or fine-tuned first and kept in `specialists/<name>`.
+
+        Raises:
+            CheckpointError: The specialist kept there was made with other settings.
+        """
+        source = self.recipe.specialists[name]
+        if source.tune is None:
+            return source
+        target = self.folder / "specialists" / name
+        if (target / "config.json").is_file():
+            self._check_settings(target, source)
+        else:
+            model = self.build({name: source})
+            self.run_stage(f"tune-{name}", model, source.tune, domains=source.tune.domains)
+            self._save_specialist(model.specialists[name], target, source)
+        return SpecialistConfig(model=str(target), template=source.template)
+
+    def build(self, specialists: Mapping[str, SpecialistConfig]) -> FusedForCausalLM:
+        """Fuse specialists, with a new gate, on the recipe's device."""
+        part = self.recipe.model_copy(update={"specialists": dict(specialists)})
+        model: Any = FusedForCausalLM.from_recipe(part, tokenizer=self.tokenizer)
+        model.to(self.device)
+        return model  # type: ignore[no-any-return]
+
+    def run_stage(
+        self, name: str, model: FusedForCausalLM, stage: StageConfig, *, domains: Sequence[str] | None = None
+    ) -> None:
+        """Train a model in place on some of the domains (None: all)."""
+        encoder = Encoder(self.tokenizer, read_templates(model.config))
+        wanted = list(domains or self.data.domains)
+        encoded = {domain: self._encode(encoder, self.dataset["train"][domain]) for domain in wanted}
+        if empty := [domain for domain, records in encoded.items() if not records]:
+            raise DataError(f"every record of {', '.join(empty)} is longer than max_length {self.data.max_length}")
+        by_id = {domain: {record.id: record for record in self.dataset["train"][domain]} for domain in wanted}
+        Loop(
+            Phase(
+                name=name,
+                model=model,
+                encoder=encoder,
+                records=encoded,
+                sources={domain: [by_id[domain][record.id] for record in encoded[domain]] for domain in wanted},
+                validation={
+                    domain: self._encode(
+                        encoder, self.dataset["validation"][domain][: self.recipe.train.validation_records]
+                    )
+                    for domain in self.data.domains
+                },
+                stage=stage,
+                train=self.recipe.train,
+                seed=self.recipe.seed,
+                folder=self.folder / name,
+                max_length=self.data.max_length,
+            )
+        ).run()
+
+    def _encode(self, encoder: Encoder, records: Sequence[Record]) -> list[EncodedRecord]:
+        return encode_records(
+            records, encoder, max_length=self.data.max_length, overlength=self.data.overlength, turns=self.data.turns
+        )
+
+    def _save_specialist(self, model: Any, target: Path, source: SpecialistConfig) -> None:
+        """A plain model folder with the settings it was made with: written beside its place, renamed when whole."""
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            model.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+            (partial / SETTINGS).write_text(json.dumps(self._settings(source), indent=1), encoding="utf-8")
+            put_in_place(partial, target)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise CheckpointError(
+                f"cannot write the specialist to {target}: {reason}. Make room and start again"
+            ) from error
+
+    def _check_settings(self, target: Path, source: SpecialistConfig) -> None:
+        if not (target / SETTINGS).is_file():
+            return
+        made, wanted = json.loads((target / SETTINGS).read_text(encoding="utf-8")), self._settings(source)
+        if changed := [key for key in wanted if made.get(key) != wanted[key]]:
+            values = ", ".join(f"{key} {made.get(key)!r}, not {wanted[key]!r}" for key in changed)
+            raise CheckpointError(
+                f"{target} was made with other settings ({values}): choose another output folder, or delete {target} "
+                f"and {self.folder / f'tune-{target.name}'} to tune it anew"
+            )
+
+    def _settings(self, source: SpecialistConfig) -> dict[str, Any]:
+        """What decides a tuned specialist, as flat plain values; no paths, since folders may be moved."""
+        assert source.tune is not None
+        cut = {"validation_fraction", "test_fraction", "max_length", "overlength", "turns"}
+        return {
+            **source.tune.model_dump(mode="json"),
+            **self.recipe.train.model_dump(include=DECISIVE),
+            **self.data.model_dump(include=cut),
+            "seed": self.recipe.seed,
+            "dtype": self.recipe.dtype,
+            "template": Path(source.template).name,
+        }
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"train.device {name!r} is no device: write cpu, cuda or cuda:1") from error
+
+
+def train(recipe: Recipe) -> Path:
+    """Train what a recipe describes; returns the folder of the fused model."""
+    return Trainer(recipe).run()

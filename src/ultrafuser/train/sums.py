@@ -1,0 +1,47 @@
+"""Loss and gate weights of a batch, summed over its pieces by domain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ultrafuser.alignment.collate import Batch
+
+
+@dataclass(slots=True)
+class Sums:
+    """Running sums over response tokens; however a batch is cut into pieces, the sums are the same to rounding."""
+
+    nll: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, batch: Batch, nll: Float[Tensor, " M"], weights: Float[Tensor, "M N"]) -> None:
+        """Count the M response tokens of one piece."""
+        lengths = [record.num_response_tokens for record in batch.rows]
+        pieces = torch.split(nll.detach(), lengths), torch.split(weights.detach(), lengths)
+        for record, values, rows in zip(batch.rows, *pieces, strict=True):
+            domain = record.domain
+            self.nll[domain] = self.nll.get(domain, 0.0) + float(values.sum())
+            self.tokens[domain] = self.tokens.get(domain, 0) + len(values)
+            total = rows.sum(dim=0).cpu()
+            self.weights[domain] = self.weights[domain] + total if domain in self.weights else total
+
+    def loss(self) -> float:
+        """NLL per response token, nats."""
+        return sum(self.nll.values()) / max(1, sum(self.tokens.values()))
+
+    def loss_per_domain(self) -> dict[str, float]:
+        """NLL per response token of each domain, nats."""
+        return {domain: self.nll[domain] / self.tokens[domain] for domain in sorted(self.nll)}
+
+    def gate_weights(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Mean weight of each specialist by domain."""
+        return {
+            domain: dict(zip(names, (self.weights[domain] / self.tokens[domain]).tolist(), strict=True))
+            for domain in sorted(self.weights)
+        }

@@ -70,7 +70,7 @@ def make_model(
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() > 1:
-                    parameter.normal_(0.0, 0.3)
+                    parameter.normal_(0.0, 0.5)
                 elif "bias" in name:
                     parameter.normal_(0.0, 0.1)
     return model.eval()

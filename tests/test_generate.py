@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from helpers import (
@@ -18,13 +19,14 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache, pipeline
 from transformers.generation.streamers import BaseStreamer
 
-from ultrafuser.alignment.collate import left_pad
+from ultrafuser.alignment.collate import collate, left_pad
 from ultrafuser.alignment.encode import Encoder, Ids
 from ultrafuser.chat.messages import Conversation, Message
 from ultrafuser.errors import ModelError
 from ultrafuser.generation import SamplingParams
 from ultrafuser.model.build import read_templates
 from ultrafuser.model.cache import FusedCache
+from ultrafuser.model.checkpoint import save_fused
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.generator import FusedGenerator
 
@@ -83,7 +85,7 @@ def test_plain_input_ids_answer_as_the_reference(way: dict[str, Any]):
     """One text for all specialists; rows of different lengths where the way allows more than one row."""
     model = make_fused(make_mixed(), templates=None)
     rows = [list(range(10, 24)), list(range(40, 46))] if way in WAYS.values() else [list(range(10, 24))]
-    padded = left_pad([[row] for row in rows], pad_id=0)
+    padded = left_pad([[tuple(row)] for row in rows], pad_id=0)
     inputs = {key: padded[key] for key in ("input_ids", "attention_mask")}
 
     actual = answers(model, inputs, **way)
@@ -97,7 +99,9 @@ def test_other_architectures_answer_as_the_reference(kind: str):
     model = make_fused({"text": make_model("llama"), "code": make_model(kind, seed=1, **window)})
     prompts = encode(model, SHORT, LONG)
 
-    for way in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+    # Bloom knows no static cache: its ALiBi is as long as the mask.
+    static = [{"cache_implementation": "static"}] if kind != "bloom" else []
+    for way in ({}, {"use_cache": False}, *static):
         actual = answers(model, left_pad(prompts, pad_id=0), **way)
         assert actual == [reference_greedy(model, prompt, max_tokens=NEW) for prompt in prompts]
 
@@ -157,28 +161,7 @@ def test_a_streamer_sees_every_token():
     assert streamer.ended
 
 
-def test_sampling_draws_from_the_fused_distribution():
-    model = make_fused()
-    prompts = encode(model, SHORT)
-    logits, _ = reference_step(model, prompts[0])
-    expected = (logits / 2.0).softmax(dim=0)
-
-    draws = answers(
-        model,
-        left_pad(prompts, pad_id=0),
-        do_sample=True,
-        temperature=2.0,
-        top_k=0,
-        max_new_tokens=1,
-        num_return_sequences=4000,
-    )
-
-    counts = torch.bincount(torch.tensor(draws).flatten(), minlength=VOCAB_SIZE) / 4000
-    assert (counts - expected).abs().sum() / 2 < 0.1  # total variation; a uniform draw is .5 and more away
-    assert (torch.full_like(expected, 1 / VOCAB_SIZE) - expected).abs().sum() / 2 > 0.3
-
-
-def test_sampling_is_the_same_for_the_same_seed_and_equals_the_reference_draw():
+def test_sampling_with_a_seed_draws_what_the_reference_draws_from_the_fused_distribution():
     model = make_fused()
     prompts = encode(model, SHORT)
     inputs = left_pad(prompts, pad_id=0)
@@ -287,7 +270,8 @@ def test_the_fused_cache_crops_repeats_and_forgets_for_all_specialists():
     assert cache.held_scores is None
 
 
-def test_a_static_step_is_one_graph_that_is_compiled_once():
+def test_a_static_step_is_one_graph_that_is_compiled_once(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the checks of this test run are no graph
     model = make_fused(templates=None)
     config = model.config.specialist_configs
     cache = FusedCache({name: StaticCache(config=config[name], max_cache_len=16) for name in model.names})
@@ -316,7 +300,7 @@ def test_a_static_step_is_one_graph_that_is_compiled_once():
 
 def test_a_pipeline_writes_text_with_a_saved_model_of_one_plain_template(tmp_path):
     model, tokenizer = make_fused(templates="plain"), make_tokenizer()
-    model.save(tmp_path / "fused", tokenizer=tokenizer)
+    save_fused(model, tmp_path / "fused", tokenizer=tokenizer)
 
     write = pipeline("text-generation", model=str(tmp_path / "fused"), device="cpu")
     text = write("hello", max_new_tokens=NEW, do_sample=False, return_full_text=False)[0]["generated_text"]
@@ -404,8 +388,6 @@ def test_scores_are_the_nll_of_response_nll():
 
     for conversation, score in zip(asked, scores, strict=True):
         record = generator.encoder.encode(conversation, id="0", domain="")
-        from ultrafuser.alignment.collate import collate
-
         with torch.no_grad():
             nll, weights, _ = generator.model.response_nll(**collate([record], pad_id=0).tensors())
         torch.testing.assert_close(-torch.tensor(score.log_probs), nll, rtol=1e-4, atol=1e-4)

@@ -67,9 +67,9 @@ def print_preparation(recipe: Recipe, *, show: int = 0, console: Console | None 
     Raises:
         UltrafuserError: As `prepare`.
     """
-    from ultrafuser.analysis.prepared_text import print_counts, print_records
+    from ultrafuser.analysis.prepared_text import new_console, print_counts, print_records
 
-    console = console if console is not None else Console(highlight=False)
+    console = console if console is not None else new_console()
     preparation = prepare(recipe, num_shown=show)
     print_counts(preparation, console)
     if show:
@@ -123,9 +123,7 @@ def load_encoder(recipe: Recipe) -> Encoder:
     return Encoder(shared, resolve_templates(specs, list(specs), shared, own))
 
 
-def _count_domain(
-    domain: str, dataset: Dataset, encoder: Encoder, data: DataConfig, num_shown: int
-) -> DomainCount:
+def _count_domain(domain: str, dataset: Dataset, encoder: Encoder, data: DataConfig, num_shown: int) -> DomainCount:
     count = DomainCount(dataset.report[domain])
     for split in SPLITS:
         kept = 0

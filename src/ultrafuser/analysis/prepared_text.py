@@ -17,11 +17,16 @@ from ultrafuser.data.split import SPLITS
 NARROWEST = 110  # columns; a pipe has none of its own
 
 
+def new_console() -> Console:
+    """Stdout, wide enough for the tables where it is no terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=NARROWEST)
+
+
 def print_counts(preparation: Preparation, console: Console) -> None:
     """Records at every step, lengths in tokens, and what a user should know."""
-    width = console.width if console.is_terminal else max(console.width, NARROWEST)
-    console.print(_records_table(preparation), width=width)
-    console.print(_tokens_table(preparation), width=width)
+    console.print(_records_table(preparation))
+    console.print(_tokens_table(preparation))
     for domain, count in preparation.domains.items():
         for line in _remarks(domain, count, preparation):
             console.print(Text(line), soft_wrap=True)

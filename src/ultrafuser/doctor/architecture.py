@@ -20,11 +20,15 @@ def check_model(facts: Facts) -> Iterator[Finding]:
     if type(facts.config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not facts.source.trust_remote_code:
         yield blocker(facts.name, f"{kind!r} is no causal LM that transformers knows", "give a decoder language model")
     elif facts.meta_model is None:
-        yield blocker(facts.name, f"{kind!r} cannot be built: {facts.reasons.get('model', 'unknown')}", "repair config.json")
+        yield blocker(
+            facts.name, f"{kind!r} cannot be built: {facts.reasons.get('model', 'unknown')}", "repair config.json"
+        )
     elif facts.meta_model.base_model is facts.meta_model or facts.meta_model.get_output_embeddings() is None:
         yield blocker(facts.name, f"{kind!r} has no single backbone and head, so it cannot be fused", "leave it out")
     if facts.config is not None and getattr(facts.config, "quantization_config", None) is not None:
-        yield warning(facts.name, "its weights are quantized", "it can be fused and the gate trained, but not tuned itself")
+        yield warning(
+            facts.name, "its weights are quantized", "it can be fused and the gate trained, but not tuned itself"
+        )
 
 
 def check_sizes(specialists: Sequence[Facts]) -> Iterator[Finding]:
@@ -37,7 +41,9 @@ def check_sizes(specialists: Sequence[Facts]) -> Iterator[Finding]:
         yield ok("gate", f"hidden sizes differ ({_list(hidden)}): the gate gets one input projection per specialist")
     kinds = {facts.name: str(facts.config.model_type) for facts in known}
     if len(set(kinds.values())) > 1:
-        yield ok("architecture", f"architectures differ ({_list(kinds)}): they fuse, but their weights cannot be averaged")
+        yield ok(
+            "architecture", f"architectures differ ({_list(kinds)}): they fuse, but their weights cannot be averaged"
+        )
     tied = {facts.name: "tied" if _is_tied(facts) else "own" for facts in known}
     what = "all tied to the embedding" if set(tied.values()) == {"tied"} else "none is tied"
     yield ok("heads", what if len(set(tied.values())) == 1 else f"mixed: {_list(tied)}; each keeps its own way")
@@ -74,7 +80,9 @@ def check_positions(specialists: Sequence[Facts], max_length: int) -> Iterator[F
 
 def check_dtype(specialists: Sequence[Facts], recipe: Recipe) -> Iterator[Finding]:
     """What the weights were saved in against what the recipe holds them in."""
-    saved = {facts.name: str(dtype).removeprefix("torch.") for facts in specialists if (dtype := _dtype(facts)) is not None}
+    saved = {
+        facts.name: str(dtype).removeprefix("torch.") for facts in specialists if (dtype := _dtype(facts)) is not None
+    }
     if saved:
         values = set(saved.values())
         text = next(iter(values)) if len(values) == 1 else _list(saved)

@@ -95,4 +95,6 @@ def _check_benchmarks(folder: str | None) -> Iterator[Finding]:
 
 
 def _unset(subject: str, path: str, names: list[str]) -> Finding:
-    return warning(subject, f"{path} cannot be checked: {names[0]} is not set", f"set the environment variable {names[0]}")
+    return warning(
+        subject, f"{path} cannot be checked: {names[0]} is not set", f"set the environment variable {names[0]}"
+    )

@@ -77,7 +77,9 @@ def gather_all(recipe: Recipe) -> tuple[list[Facts], Facts]:
     Returns:
         The specialists in order, and whose tokenizer is shared: the recipe's own, or the first specialist.
     """
-    sources = [source.model for source in recipe.specialists.values()] + ([recipe.tokenizer] if recipe.tokenizer else [])
+    sources = [source.model for source in recipe.specialists.values()] + (
+        [recipe.tokenizer] if recipe.tokenizer else []
+    )
     online = any(not is_local(model) for model in sources) and hub_is_reachable()
     specialists = [gather(name, source, online=online) for name, source in recipe.specialists.items()]
     if recipe.tokenizer is None:

@@ -87,7 +87,9 @@ def _check_folder(facts: Facts, folder: Path) -> Iterator[Finding]:
         elif importlib.util.find_spec("gguf") is None:
             yield blocker(name, f"{gguf} needs the gguf package", "pip install 'ultrafuser[gguf]'")
         else:
-            yield ok(name, f"{gguf} is there ({(folder / gguf).stat().st_size / 1e9:.2f} GB); it is dequantized at load")
+            yield ok(
+                name, f"{gguf} is there ({(folder / gguf).stat().st_size / 1e9:.2f} GB); it is dequantized at load"
+            )
         return
     if not (folder / "config.json").is_file():
         yield blocker(name, f"{folder} has no config.json", "give the folder of a model")
@@ -109,7 +111,9 @@ def _check_folder(facts: Facts, folder: Path) -> Iterator[Finding]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         yield blocker(name, f"{folder} lacks {missing[0]}{more}, named in its index", "fetch what is missing")
     elif cut := sorted(shard for shard in shards if not _is_whole(folder / shard)):
-        yield blocker(name, f"{folder / cut[0]} is shorter than its header says, or no safetensors file", "fetch it again")
+        yield blocker(
+            name, f"{folder / cut[0]} is shorter than its header says, or no safetensors file", "fetch it again"
+        )
     else:
         size = sum((folder / shard).stat().st_size for shard in shards)
         yield ok(name, f"{len(shards)} weight file{'s' * (len(shards) > 1)} of {size / 1e9:.2f} GB, all there")
@@ -140,7 +144,9 @@ def _check_adapter(facts: Facts) -> Iterator[Finding]:
     if folder.is_dir():
         files = ("adapter_config.json", "adapter_model.safetensors")
         if missing := [file for file in files if not (folder / file).is_file()]:
-            yield blocker(facts.name, f"the adapter {adapter} lacks {', '.join(missing)}", "save it with save_pretrained")
+            yield blocker(
+                facts.name, f"the adapter {adapter} lacks {', '.join(missing)}", "save it with save_pretrained"
+            )
     elif len(folder.parts) != 2 or folder.is_absolute():
         yield blocker(facts.name, f"there is no adapter {adapter}", "check the path, or write a hub id (owner/name)")
     else:

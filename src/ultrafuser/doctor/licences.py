@@ -40,7 +40,9 @@ def check_licences(specialists: Sequence[Facts]) -> Iterator[Finding]:
             continue
         licences[facts.name] = licence
         if NON_COMMERCIAL.search(licence):
-            yield warning(facts.name, f"its licence forbids commercial use: {licence}", "so does the fused model's, then")
+            yield warning(
+                facts.name, f"its licence forbids commercial use: {licence}", "so does the fused model's, then"
+            )
     text = ", ".join(f"{name} {licence}" for name, licence in licences.items())
     if len(set(licences.values())) > 1:
         yield warning(SUBJECT, f"licences differ: {text}", "the fused model is bound by all of them")

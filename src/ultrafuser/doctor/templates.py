@@ -28,7 +28,9 @@ def find_templates(specialists: Sequence[Facts], shared: Facts) -> tuple[dict[st
         spec = facts.source.template
         if spec == "tokenizer" and tokenizer is None:
             if "tokenizer" in facts.reasons:
-                findings.append(blocker(facts.name, "its template is its tokenizer's, which cannot be read", "set template"))
+                findings.append(
+                    blocker(facts.name, "its template is its tokenizer's, which cannot be read", "set template")
+                )
             continue
         try:
             templates[facts.name] = load_template(spec, tokenizer_template=getattr(tokenizer, "chat_template", None))
@@ -53,7 +55,9 @@ def check_template(name: str, template: Template, recipe: Recipe, tokenizer: Any
         do = "records of one turn work, as does data.turns: last where the template writes the whole"
         yield ok(name, problem, do) if last_only else warning(name, problem, do)
     elif (problem := _problem(template, (SYSTEM, *TWO_TURNS), tokenizer)) is not None:
-        yield warning(name, f"with a system message: {problem}", "leave system messages out, or choose another template")
+        yield warning(
+            name, f"with a system message: {problem}", "leave system messages out, or choose another template"
+        )
     else:
         yield ok(name, f"template {template.name!r} writes system message and two turns, history unchanged")
 

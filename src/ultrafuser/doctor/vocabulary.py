@@ -22,7 +22,9 @@ def check_vocabulary(specialists: Sequence[Facts], shared: Facts) -> Iterator[Fi
     rows = {facts.name: facts.num_rows for facts in specialists if facts.num_rows is not None}
     common = min(rows.values(), default=None)
     if shared.tokenizer is None and "tokenizer" in shared.reasons:
-        yield blocker(SUBJECT, f"{shared.name} has no tokenizer, and it is the shared one", "set tokenizer in the recipe")
+        yield blocker(
+            SUBJECT, f"{shared.name} has no tokenizer, and it is the shared one", "set tokenizer in the recipe"
+        )
     if len(known) > 1:
         try:
             num_compared = check_vocabularies(known, size=common)
@@ -82,7 +84,9 @@ def check_stop_tokens(
     if tokenizer is None:
         return
     if tokenizer.eos_token_id is None:
-        yield blocker("stop tokens", "the shared tokenizer has no end token (eos_token)", "set one: responses end with it")
+        yield blocker(
+            "stop tokens", "the shared tokenizer has no end token (eos_token)", "set one: responses end with it"
+        )
         return
     stops = {int(tokenizer.eos_token_id)}
     vocabulary = tokenizer.get_vocab()
@@ -96,7 +100,9 @@ def check_stop_tokens(
                 )
             elif (index := int(vocabulary[text])) != tokenizer.eos_token_id:
                 stops.add(index)
-                yield ok(name, f"its template ends turns with {text!r}; the shared end token is hidden from its history")
+                yield ok(
+                    name, f"its template ends turns with {text!r}; the shared end token is hidden from its history"
+                )
     for facts in specialists:
         own = facts.generation.get("eos_token_id", getattr(facts.config, "eos_token_id", None))
         own_ids = [own] if isinstance(own, int) else [index for index in own or () if isinstance(index, int)]

@@ -18,7 +18,7 @@ from ultrafuser.doctor import facts as facts_module
 from ultrafuser.doctor.files import _is_whole
 from ultrafuser.doctor.licences import _from_folder
 from ultrafuser.doctor.machine import Machine
-from ultrafuser.doctor.report import Finding, Report, examine
+from ultrafuser.doctor.report import Finding, Report, examine, print_report
 from ultrafuser.doctor.unset import load_to_examine
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -67,7 +67,7 @@ def test_sound_specialists_have_neither_blockers_nor_warnings(twins: tuple[Path,
 
 
 def test_sizes_come_from_the_configuration(twins: tuple[Path, Path], records: Path) -> None:
-    """Parameters as transformers counts them, the KV cache as layers x heads x 2, each phase from weights and moments."""
+    """Parameters as transformers counts them; a KV cache of 2 x layers x heads; phases of weights and moments."""
     from transformers import AutoModelForCausalLM
 
     stage2 = {"train_specialists": True}
@@ -293,7 +293,12 @@ def test_an_adapter_needs_its_files(twins: tuple[Path, Path], tmp_path: Path) ->
 def test_a_hub_id_offline_is_one_quick_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """One probe for all, no retries."""
     probes: list[int] = []
-    monkeypatch.setattr(facts_module, "hub_is_reachable", lambda: bool(probes.append(1)))
+
+    def probe() -> bool:
+        probes.append(1)
+        return False
+
+    monkeypatch.setattr(facts_module, "hub_is_reachable", probe)
     started = time.monotonic()
 
     report = examine(make_recipe("some/model", "other/model"), machine=BIG)
@@ -354,3 +359,13 @@ def test_the_command_prints_a_table_and_fails_on_a_blocker(twins: tuple[Path, Pa
     assert failed.exit_code == 1
     assert "blocker" in failed.stdout
     assert "1 blocker," in failed.stdout
+
+
+def test_what_holds_for_several_specialists_is_said_once(twins: tuple[Path, Path], capsys: Any) -> None:
+    """In the table; JSON keeps one finding each."""
+    report = examine(make_recipe(*twins), machine=BIG)
+
+    print_report(report, as_json=False)
+
+    assert "text, code" in capsys.readouterr().out
+    assert len(find(report, "ok", "writes system message")) == 2

@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tiny_specialists import make_tokenizer
+from ultrafuser.alignment.collate import collate
 from ultrafuser.alignment.encode import EncodedRecord, EncodedTurn, Encoder
 from ultrafuser.analysis.prepared import prepare, print_preparation
 from ultrafuser.analysis.token_view import SeenToken, check_alignment, render_view, view_record
@@ -197,8 +198,6 @@ def test_a_view_of_broken_tensors_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         batch = collate(*arguments, **options)
         batch.specialist_input_ids[0, 1] += 1
         return batch
-
-    from ultrafuser.analysis.token_view import collate
 
     monkeypatch.setattr("ultrafuser.analysis.token_view.collate", shift)
     with pytest.raises(AssertionError, match="specialist 1 has other responses"):

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ultrafuser.chat.messages import Message
-from ultrafuser.data.records import Problems, Record, content_id, read_objects, read_records
+from ultrafuser.data.files import read_objects
+from ultrafuser.data.records import Problems, Record, content_id, read_records
 from ultrafuser.errors import ConfigError, DataError
 
 RAW = [{"instruction": f"Say {n}.", "output": f"{n} é"} for n in range(3)]

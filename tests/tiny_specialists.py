@@ -1,4 +1,4 @@
-"""Tiny specialists on disk for the tests of `doctor` and `prepare`: a byte-level tokenizer and a Llama of two layers."""
+"""Tiny specialists on disk for tests: a byte-level tokenizer and a Llama of two layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 SPECIALS = ("<pad>", "<s>", "</s>", "<|im_end|>")
 
 
-def make_tokenizer(*, swap: bool = False, eos: str | None = "</s>", **fields: Any) -> PreTrainedTokenizerFast:
+def make_tokenizer(*, swap: bool = False, eos: str | None = "</s>") -> PreTrainedTokenizerFast:
     """One token per byte and four special tokens; `swap` exchanges the ids of `a` and `b`."""
     tokens = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     if swap:
@@ -20,7 +20,8 @@ def make_tokenizer(*, swap: bool = False, eos: str | None = "</s>", **fields: An
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIALS))
-    return PreTrainedTokenizerFast(
+    build: Any = PreTrainedTokenizerFast
+    return build(  # type: ignore[no-any-return]
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token=eos,

@@ -1,4 +1,4 @@
-"""The data of a recipe, prepared as training does it: counted at every step, encoded, checked, and ready to be shown."""
+"""The data of a recipe, prepared as training does it: counted at every step, encoded, checked."""
 
 from __future__ import annotations
 

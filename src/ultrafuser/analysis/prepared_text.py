@@ -95,8 +95,8 @@ def _remarks(domain: str, count: DomainCount, preparation: Preparation) -> Itera
         yield f"{domain}: {count.left_out} records are {limit} and were left out"
     if count.cut:
         yield (
-            f"{domain}: {count.cut} records are {limit} and were cut; {count.stop_untrained} of them lost the stop token, "
-            "so they do not teach to stop (data.overlength: drop leaves them out)"
+            f"{domain}: {count.cut} records are {limit} and were cut; {count.stop_untrained} of them lost the stop "
+            "token, so they do not teach to stop (data.overlength: drop leaves them out)"
         )
     if not count.kept["validation"]:
         yield f"{domain}: no record validates; raise data.validation_fraction to see the loss on unseen records"

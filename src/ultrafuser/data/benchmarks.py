@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from ultrafuser.data.records import read_objects
+from ultrafuser.data.files import read_objects
 from ultrafuser.errors import ConfigError, DataError
 
 MBPP_TEST_IDS = range(11, 511)  # Austin et al. 2021 (arXiv 2108.07732): 1-10 are prompts, 511-974 tuning and training

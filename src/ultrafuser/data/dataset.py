@@ -28,7 +28,7 @@ class Dataset:
     """Records of every domain, by split."""
 
     splits: Mapping[Split, DomainRecords]
-    report: Mapping[str, "DomainReport"]
+    report: Mapping[str, DomainReport]
 
     def __getitem__(self, split: Split) -> DomainRecords:
         return self.splits[split]

@@ -28,7 +28,8 @@ BETAS = (0.9, 0.95)
 BASE = TuneConfig(
     domains=DOMAINS, steps=60, learning_rate=2e-3, records_per_domain=16, warmup_steps=10, betas=BETAS, weight_decay=0.01
 )
-TUNE = BASE.model_copy(update={"steps": 150, "records_per_domain": 48, "min_learning_rate_ratio": 0.1})
+TUNE = BASE.model_copy(update={"records_per_domain": 48, "min_learning_rate_ratio": 0.1})
+TUNE_STEPS = {"text": 150, "code": 100, "math": 200}  # by how hard the domain is
 STAGE1 = StageConfig(
     steps=100, learning_rate=3e-3, records_per_domain=16, composed_share=COMPOSED_SHARE, warmup_steps=5
 )
@@ -61,7 +62,7 @@ def demo_recipe(
         output=folder,
         seed=seed,
         specialists={
-            name: tuned(base, template, TUNE.model_copy(update={"domains": (name,)})) for name, template in TEMPLATES.items()
+            name: tuned(base, template, TUNE.model_copy(update={"domains": (name,), "steps": TUNE_STEPS[name]})) for name, template in TEMPLATES.items()
         },
         gate=GateConfig(hidden_size=128),
         data=DataConfig(
@@ -69,7 +70,7 @@ def demo_recipe(
             validation_fraction=0.01,
             max_length=512,
         ),
-        train=TrainConfig(checkpoint_every=75, validate_every=50, validation_records=48, keep_checkpoints=1),
+        train=TrainConfig(micro_batch_tokens=1536, checkpoint_every=75, validate_every=50, validation_records=48, keep_checkpoints=1),
         stage1=STAGE1.model_copy(update=change),
         stage2=STAGE2.model_copy(update=change),
     )

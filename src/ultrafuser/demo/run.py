@@ -23,7 +23,7 @@ from ultrafuser.baselines.average import average_weights
 from ultrafuser.config.load import dump_recipe
 from ultrafuser.config.recipe import Recipe, SpecialistConfig
 from ultrafuser.demo.exam import Grade, make_exam, take_exam
-from ultrafuser.demo.ingredients import train_tokenizer, tokenizer_texts, untrained_model, write_training_files
+from ultrafuser.demo.ingredients import train_tokenizer, untrained_model, write_training_files
 from ultrafuser.demo.recipe import BASE, DOMAINS, FURTHER, ITEMS_PER_DOMAIN, TEMPLATES, TEST_ITEMS, demo_recipe, tuned
 from ultrafuser.demo.world import make_items
 from ultrafuser.evaluation.losses import score_losses
@@ -100,7 +100,7 @@ class Demo:
         items = {domain: make_items(domain, "train", ITEMS_PER_DOMAIN, self.seed) for domain in DOMAINS}
         files = write_training_files(items, self.folder / "data")
         start = self.folder / "untrained"
-        tokenizer = train_tokenizer(tokenizer_texts(items, TEMPLATES.values()))
+        tokenizer = train_tokenizer(items, TEMPLATES.values())
         untrained_model(tokenizer, self.seed).save_pretrained(start)
         tokenizer.save_pretrained(start)
         base = self.folder / "specialists" / "base"

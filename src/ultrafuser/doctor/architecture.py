@@ -33,7 +33,7 @@ def check_model(facts: Facts) -> Iterator[Finding]:
 
 def check_sizes(specialists: Sequence[Facts]) -> Iterator[Finding]:
     """Hidden sizes and architectures may differ; tied heads may be mixed."""
-    known = [facts for facts in specialists if facts.config is not None]
+    known = [facts for facts in specialists if facts.meta_model is not None]
     if not known:
         return
     hidden = {facts.name: int(facts.text_config.hidden_size) for facts in known}
@@ -49,9 +49,10 @@ def check_sizes(specialists: Sequence[Facts]) -> Iterator[Finding]:
     yield ok("heads", what if len(set(tied.values())) == 1 else f"mixed: {_list(tied)}; each keeps its own way")
 
 
-def check_positions(specialists: Sequence[Facts], max_length: int) -> Iterator[Finding]:
+def check_positions(specialists: Sequence[Facts], recipe: Recipe) -> Iterator[Finding]:
     """Context lengths against the recipe's, and rotary settings against each other."""
     known = [facts for facts in specialists if facts.config is not None]
+    max_length = recipe.data.max_length if recipe.data is not None else 0
     limits = {facts.name: limit for facts in known if (limit := context_length(facts)) is not None}
     for facts in known:
         limit = limits.get(facts.name)
@@ -66,7 +67,8 @@ def check_positions(specialists: Sequence[Facts], max_length: int) -> Iterator[F
             f"the fused model is sound up to the shortest, {min(limits.values()):,} tokens",
         )
     elif limits:
-        yield ok("context", f"{min(limits.values()):,} tokens for all; records have at most {max_length:,}")
+        records = f"; records have at most {max_length:,}" if max_length else ""
+        yield ok("context", f"{min(limits.values()):,} tokens for all{records}")
     ropes = {facts.name: rope for facts in known if (rope := _rope(facts)) is not None}
     if len(set(ropes.values())) > 1:
         yield warning(

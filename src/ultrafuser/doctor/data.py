@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ultrafuser.config.recipe import DataConfig, Recipe
 from ultrafuser.data.benchmarks import BENCHMARKS
+from ultrafuser.data.files import HUB_ID, HUB_PREFIX, READERS
 from ultrafuser.data.formats import check_format
-from ultrafuser.data.records import HUB_ID, HUB_PREFIX, READERS
 from ultrafuser.doctor.finding import Finding, blocker, ok, warning
 from ultrafuser.doctor.unset import unset_variables
 from ultrafuser.errors import ConfigError

@@ -62,7 +62,8 @@ class Facts:
     @property
     def num_rows(self) -> int | None:
         """Rows of its vocabulary matrices."""
-        return None if self.config is None else int(self.text_config.vocab_size)
+        size = getattr(self.text_config, "vocab_size", None)
+        return int(size) if isinstance(size, int) else None
 
 
 def is_local(model: str) -> bool:
@@ -129,7 +130,8 @@ def without_weights(config: Any, trust_remote_code: bool = False) -> Any:
     """The architecture on the meta device: parameters have shapes, but no memory."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        build: Any = AutoModelForCausalLM.from_config
+        return build(copy.deepcopy(config), trust_remote_code=trust_remote_code)
 
 
 def _read(facts: Facts, part: str, read: Any) -> Any:

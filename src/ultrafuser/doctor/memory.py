@@ -154,7 +154,7 @@ def check_disk(needs: Sequence[Need], sizes: Sequence[Size], free_bytes: int, re
         yield ok("disk", what)
 
 
-def gib(num_bytes: float) -> str:
+def gib(num_bytes: int) -> str:
     """Bytes for people: GiB, or smaller units for small things."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= size:

@@ -15,7 +15,7 @@ from ultrafuser.doctor.files import check_files
 from ultrafuser.doctor.finding import Finding, Level, ok, warning
 from ultrafuser.doctor.licences import check_licences
 from ultrafuser.doctor.machine import Machine, free_disk_bytes, inspect_machine
-from ultrafuser.doctor.memory import Need, Size, check_disk, check_memory, gib, max_length, measure, plan
+from ultrafuser.doctor.memory import Need, Size, check_disk, check_memory, gib, measure, plan
 from ultrafuser.doctor.templates import check_template, find_templates, sample_prompt
 from ultrafuser.doctor.vocabulary import check_start_tokens, check_stop_tokens, check_vocabulary
 
@@ -81,7 +81,7 @@ def examine(recipe: Recipe, *, machine: Machine | None = None) -> Report:
         *findings,
         *_check_templates(templates, specialists, shared, recipe),
         *check_sizes(specialists),
-        *check_positions(specialists, max_length(recipe)),
+        *check_positions(specialists, recipe),
         *check_dtype(specialists, recipe),
         *check_licences(specialists),
         *check_data(recipe),
@@ -101,7 +101,7 @@ def _check_specialists(specialists: Sequence[Facts], shared: Facts) -> Iterator[
     for facts in specialists:
         yield from check_files(facts)
         yield from check_model(facts)
-    if shared not in specialists:
+    if all(shared is not facts for facts in specialists):
         yield from check_files(shared)
 
 

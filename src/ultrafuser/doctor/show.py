@@ -76,17 +76,21 @@ def _memory_table(report: Report) -> Table:
 def _findings_table(report: Report) -> Table:
     table = Table(title="findings", title_justify="left")
     table.add_column("", no_wrap=True)
-    table.add_column("about", no_wrap=True)
+    table.add_column("about", overflow="fold")
     table.add_column("what", ratio=3, overflow="fold")
     table.add_column("what to do", ratio=2, overflow="fold")
-    for level in LEVELS:
-        for finding in report.findings:
-            if finding.level == level:
+    # Specialists are often alike: what holds for several is said once.
+    subjects: dict[tuple[Level, str, str], list[str]] = {}
+    for finding in report.findings:
+        subjects.setdefault((finding.level, finding.what, finding.do), []).append(finding.subject)
+    for shown in LEVELS:
+        for (level, what, do), names in subjects.items():
+            if level == shown:
                 table.add_row(
                     Text(level, style=STYLES[level]),
-                    Text(_plain(finding.subject)),
-                    Text(_plain(finding.what)),
-                    Text(_plain(finding.do)),
+                    Text(_plain(", ".join(dict.fromkeys(names)))),
+                    Text(_plain(what)),
+                    Text(_plain(do)),
                 )
     return table
 

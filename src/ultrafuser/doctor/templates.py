@@ -65,7 +65,8 @@ def check_template(name: str, template: Template, recipe: Recipe, tokenizer: Any
 def sample_prompt(template: Template, tokenizer: Any) -> str | None:
     """What opens a conversation, as the specialist reads it."""
     try:
-        return template.render(ONE_TURN[:1], **_names(tokenizer))
+        names = _names(tokenizer)
+        return template.render(ONE_TURN[:1], bos_token=names["bos_token"], eos_token=names["eos_token"])
     except TemplateError:
         return None
 

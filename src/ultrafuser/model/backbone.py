@@ -9,7 +9,6 @@ Shapes: B rows, T columns, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,9 +19,14 @@ from transformers import Cache, PreTrainedModel
 from ultrafuser.errors import ModelError
 
 
-@lru_cache(maxsize=64)
+# A plain dictionary, since torch.compile cannot trace `lru_cache`.
+_TAKES_POSITION_IDS: dict[type, bool] = {}
+
+
 def _takes_position_ids(backbone: type) -> bool:
-    return "position_ids" in inspect.signature(backbone.forward).parameters
+    if backbone not in _TAKES_POSITION_IDS:
+        _TAKES_POSITION_IDS[backbone] = "position_ids" in inspect.signature(backbone.forward).parameters
+    return _TAKES_POSITION_IDS[backbone]
 
 
 def last_hidden_state(

@@ -75,7 +75,8 @@ class FusedDecoding:
         if next_sequence_length is None and past_key_values is not None:
             stop += int(past_key_values.get_seq_length())
         inputs: dict[str, Any] = {
-            "input_ids": input_ids[:, -new:].contiguous(),
+            # Cloned, not `contiguous()`: a column of one row would keep a stride that grows, and a compiled step recompiles.
+            "input_ids": input_ids[:, -new:].clone(memory_format=torch.contiguous_format),
             "past_key_values": past_key_values,
             **{key: value for key, value in kwargs.items() if key not in ("position_ids", "labels")},
         }

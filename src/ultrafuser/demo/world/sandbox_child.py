@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 
-CPU_LIMIT_S = 0.5
+CPU_LIMIT_S = 0.3
 MEMORY_LIMIT_BYTES = 256 << 20
 SOURCE_LIMIT_CHARS = 2_000
 REPLY_LIMIT_BYTES = 16_000  # below what a pipe holds, so writing never waits

@@ -161,7 +161,10 @@ def run(recipe: Recipe, *, last: str) -> Trainer:
     if recipe.stage2 is not None:
         trainer.run()
         score(
-            trainer, "stage 2", lambda: FusedForCausalLM.from_pretrained(trainer.folder / "model"), fused_as="fused:stage2"
+            trainer,
+            "stage 2",
+            lambda: FusedForCausalLM.from_pretrained(trainer.folder / "model"),
+            fused_as="fused:stage2",
         )
     return trainer
 

@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 from tiny_specialists import make_tokenizer, save_specialist
 from ultrafuser.cli.main import app
 from ultrafuser.config.load import parse_recipe
-from ultrafuser.config.recipe import Recipe
+from ultrafuser.config.recipe import Recipe, SpecialistConfig
 from ultrafuser.doctor import facts as facts_module
-from ultrafuser.doctor.files import _is_whole
+from ultrafuser.doctor.facts import Facts
+from ultrafuser.doctor.files import _is_whole, check_files
+from ultrafuser.doctor.hub import RepoInfo
 from ultrafuser.doctor.licences import _from_folder
 from ultrafuser.doctor.machine import Machine
 from ultrafuser.doctor.report import Finding, Report, examine, print_report
@@ -369,3 +371,21 @@ def test_what_holds_for_several_specialists_is_said_once(twins: tuple[Path, Path
 
     assert "text, code" in capsys.readouterr().out
     assert len(find(report, "ok", "writes system message")) == 2
+
+
+@pytest.mark.parametrize(
+    ("repo", "level", "words"),
+    [
+        (RepoInfo(("model.safetensors.index.json",)), "ok", "is on the hub"),
+        (RepoInfo(("pytorch_model.bin",)), "warning", "pickled weights"),
+        (RepoInfo(("README.md",)), "blocker", "no safetensors weights"),
+        (RepoInfo(refusal="is gated"), "blocker", "is gated"),
+    ],
+)
+def test_what_the_hub_lists_is_judged(repo: RepoInfo, level: str, words: str) -> None:
+    facts = Facts("text", SpecialistConfig(model="some/model"), repo=repo)
+
+    (finding,) = check_files(facts)
+
+    assert finding.level == level
+    assert words in finding.what

@@ -144,7 +144,7 @@ def test_a_mistake_is_named_by_its_key_in_one_line(recipe_file: Path, override: 
 
 
 def test_every_mistake_is_named(recipe_file: Path):
-    with pytest.raises(ConfigError, match=r"stage1\.steps.*; train\.sampler"):
+    with pytest.raises(ConfigError, match=r"train\.sampler.*; stage1\.steps"):
         load_recipe(recipe_file, ["stage1.steps=0", "train.sampler=random"])
 
 

@@ -1,7 +1,7 @@
 """The training loop: what a step computes, what it changes, and what it reports (Algorithm 1, Appendix B)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,17 @@ from ultrafuser.train.optimizer import learning_rate_factor
 from ultrafuser.train.signals import StopRequest
 
 EVERYTHING = {"train_specialists": True}
+# It adds the same to every score, so the softmax never sees it: its gradient is rounding, which AdamW makes into steps.
+UNSEEN = "fusion_gate.layers.2.bias"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two threads that wait for each other over tensors this small take a hundred times as long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def train(folder: Path, model: FusedForCausalLM | None = None, **options: Any) -> FusedForCausalLM:
@@ -37,6 +48,8 @@ def train(folder: Path, model: FusedForCausalLM | None = None, **options: Any) -
 
 def assert_close(first: torch.nn.Module, second: torch.nn.Module, tolerance: float = 1e-4) -> None:
     for name, value in parameters(first).items():
+        if name == UNSEEN:
+            continue
         torch.testing.assert_close(value, parameters(second)[name], atol=tolerance, rtol=tolerance)
 
 
@@ -61,7 +74,7 @@ def test_the_loss_of_a_step_is_the_nll_per_response_token_of_the_whole_batch(tmp
     """Long responses weigh more than short ones: every token counts the same."""
     phase = make_phase(tmp_path)
     loop = Loop(phase)
-    nll, tokens = 0.0, 0
+    nll, tokens = torch.zeros(()), 0
     for draw in loop.sampler.batch(0):
         record = phase.records[draw.domain][draw.index]
         [turn] = record.turns
@@ -74,13 +87,13 @@ def test_the_loss_of_a_step_is_the_nll_per_response_token_of_the_whole_batch(tmp
             weights_of.append(phase.model.fusion_gate.layers(output.hidden_states[-1][0, start:-1])[:, 0])
         weights = torch.stack(weights_of, dim=-1).softmax(dim=-1)
         fused = sum(weights[:, j, None] * logits[j] for j in range(2))
-        nll += float(torch.nn.functional.cross_entropy(fused, torch.tensor(turn.response), reduction="sum"))
+        nll += torch.nn.functional.cross_entropy(fused, torch.tensor(turn.response), reduction="sum").detach()
         tokens += len(turn.response)
 
     values = loop._step(0)
 
     assert values["tokens"] == tokens
-    assert values["loss"] == pytest.approx(nll / tokens, rel=1e-5)
+    assert values["loss"] == pytest.approx(float(nll) / tokens, rel=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"micro_batch_tokens": 1}, {"micro_batch_tokens": 150}, {"loss_chunk": 3}])
@@ -172,8 +185,7 @@ def test_stage_1_changes_the_gate_alone(tmp_path: Path):
     train(tmp_path, model)
 
     gate = {name for name in before if name.startswith("fusion_gate.")}
-    # The last bias adds the same to every score, so the softmax, and training, never see it.
-    assert changed(before, model) == gate - {"fusion_gate.layers.2.bias"}
+    assert changed(before, model) | {UNSEEN} == gate
     assert all(p.grad is None and not p.requires_grad for p in model.specialists.parameters())
 
 
@@ -196,7 +208,7 @@ def test_stage_2_changes_everything(tmp_path: Path):
 
     train(tmp_path, model, name="stage2", stage=EVERYTHING)
 
-    assert before.keys() - changed(before, model) <= {"fusion_gate.layers.2.bias"}
+    assert changed(before, model) | {UNSEEN} == before.keys()
 
 
 def test_a_phase_after_another_freezes_anew(tmp_path: Path):

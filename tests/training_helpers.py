@@ -220,7 +220,24 @@ def run_command(folder: Path, overrides: Sequence[str] = (), **_: Any) -> None:
     run()
 
 
-JOBS: dict[str, Callable[..., None]] = {"phase": run_phase, "command": run_command}
+def run_interrupted_at_the_end(folder: Path, **arguments: Any) -> None:
+    """A phase whose last step is interrupted."""
+    step = Loop._step
+
+    def interrupted(self: Loop, number: int) -> dict[str, Any]:
+        if number == self.stage.steps - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, number)
+
+    Loop._step = interrupted  # type: ignore[method-assign]
+    run_phase(folder, **arguments)
+
+
+JOBS: dict[str, Callable[..., None]] = {
+    "phase": run_phase,
+    "command": run_command,
+    "interrupted_at_the_end": run_interrupted_at_the_end,
+}
 
 
 def count_events(kill_at: int | None, log: Path) -> None:

@@ -23,7 +23,9 @@ def average_weights(models: Sequence[PreTrainedModel]) -> PreTrainedModel:
     for name, target in merged.state_dict().items():
         for state in states:
             if name not in state or state[name].shape != target.shape:
-                raise ModelError(f"weights cannot be averaged: {name} is not the same in all models; fuse logits instead")
+                raise ModelError(
+                    f"weights cannot be averaged: {name} is not the same in all models; fuse logits instead"
+                )
         if target.is_floating_point():
             target.copy_(torch.stack([state[name].float() for state in states]).mean(dim=0).to(target.dtype))
     return merged

@@ -14,7 +14,9 @@ def demo(
     composed_share: Annotated[
         float | None, typer.Option(help="Part of each fusion batch that joins two domains; 0 leaves such records out.")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run first, instead of going on with it.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete an earlier run first, instead of going on with it.")
+    ] = False,
 ) -> None:
     """Make a small world, train three specialists on it, fuse them, and prove what the fusion is worth.
 

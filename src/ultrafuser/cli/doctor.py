@@ -14,7 +14,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     overrides: Overrides = [],  # noqa: B006  typer copies it
 ) -> None:
-    """Check a recipe before loading weights: files, vocabulary, templates, lengths, licences, memory; 1 on a blocker.
+    """Check vocabulary, templates, files, licences, memory before loading weights; exit 1 on a blocker.
 
     Example: ultrafuser doctor recipes/paper.yaml
     """

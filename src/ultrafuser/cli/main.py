@@ -1,6 +1,7 @@
 """The `ultrafuser` command: registers the verbs, shows our errors as one line.
 
-Exit codes: 0 done, 1 an error of ours (one line on stderr) or a check that failed, 2 wrong usage, 130 interrupted (work saved).
+Exit codes: 0 done; 1 an error of ours (one line on stderr) or a check that failed; 2 wrong usage; 130 interrupted, with
+the work saved.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from ultrafuser.evaluation.losses import score_losses
 from ultrafuser.generation import Completion, SamplingParams
 from ultrafuser.model.generator import FusedGenerator
 
-MAX_ANSWER_TOKENS = 128
+SPARE_TOKENS = 8  # an answer may be this much longer than the longest reference answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,9 @@ def take_exam(name: str, generator: FusedGenerator, exam: Mapping[str, Sequence[
     grade = Grade(scores={})
     for domain, items in exam.items():
         losses = score_losses(generator, [conversation(item) for item in items])
+        longest = max(answer.num_tokens for answer in losses.answers)
         completions = generator.generate(
-            [conversation(item)[:1] for item in items], SamplingParams(max_tokens=MAX_ANSWER_TOKENS)
+            [conversation(item)[:1] for item in items], SamplingParams(max_tokens=longest + SPARE_TOKENS)
         )
         correct = are_correct(items, [completion.text for completion in completions])
         accuracy = wilson_interval(sum(correct), len(items))

@@ -26,7 +26,13 @@ TEST_ITEMS = 200
 COMPOSED_SHARE = 0.25  # of a fusion batch: chosen on validation data, see docs/results.md
 BETAS = (0.9, 0.95)
 BASE = TuneConfig(
-    domains=DOMAINS, steps=60, learning_rate=2e-3, records_per_domain=16, warmup_steps=10, betas=BETAS, weight_decay=0.01
+    domains=DOMAINS,
+    steps=60,
+    learning_rate=2e-3,
+    records_per_domain=16,
+    warmup_steps=10,
+    betas=BETAS,
+    weight_decay=0.01,
 )
 TUNE = BASE.model_copy(update={"records_per_domain": 48, "min_learning_rate_ratio": 0.1})
 TUNE_STEPS = {"text": 150, "code": 100, "math": 200}  # by how hard the domain is
@@ -61,16 +67,21 @@ def demo_recipe(
         name="demo",
         output=folder,
         seed=seed,
-        specialists={
-            name: tuned(base, template, TUNE.model_copy(update={"domains": (name,), "steps": TUNE_STEPS[name]})) for name, template in TEMPLATES.items()
-        },
+        specialists={name: _specialist(name, base) for name in TEMPLATES},
         gate=GateConfig(hidden_size=128),
         data=DataConfig(
             domains={name: DomainConfig(sources=(SourceConfig(path=str(path)),)) for name, path in files.items()},
             validation_fraction=0.01,
             max_length=512,
         ),
-        train=TrainConfig(micro_batch_tokens=1536, checkpoint_every=75, validate_every=50, validation_records=48, keep_checkpoints=1),
+        train=TrainConfig(
+            micro_batch_tokens=1536, checkpoint_every=75, validate_every=50, validation_records=48, keep_checkpoints=1
+        ),
         stage1=STAGE1.model_copy(update=change),
         stage2=STAGE2.model_copy(update=change),
     )
+
+
+def _specialist(name: str, base: Path) -> SpecialistConfig:
+    tune = TUNE.model_copy(update={"domains": (name,), "steps": TUNE_STEPS[name]})
+    return tuned(base, TEMPLATES[name], tune)

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,23 +74,25 @@ class Demo:
         for name in TEMPLATES:
             with self._timed(f"specialist {name}"):
                 specialists[name] = self.trainer.tuned_specialist(name)
-            self._examine(f"specialist:{name}", lambda name=name: self.trainer.build({name: specialists[name]}))
+            self._examine(f"specialist:{name}", partial(self.trainer.build, {name: specialists[name]}))
         self._examine("average", lambda: self._average(specialists))
         self._examine("uniform", lambda: self._uniform(specialists))
         with self._timed("further tuning"):
             further = self._further_tuned(specialists["text"])
         self._examine("further-tuned", lambda: self.trainer.build({"text": further}))
-        assert self.recipe.stage1 is not None and self.recipe.stage2 is not None
+        stage1, stage2 = self.recipe.stage1, self.recipe.stage2
+        assert stage1 is not None
+        assert stage2 is not None
         with self._timed("direct training"):
             direct = self.trainer.build(specialists)
-            self.trainer.run_stage("direct", direct, self.recipe.stage2)
+            self.trainer.run_stage("direct", direct, stage2)
         self._examine("direct", lambda: direct)
         model = self.trainer.build(specialists)
         with self._timed("stage 1"):
-            self.trainer.run_stage("stage1", model, self.recipe.stage1)
+            self.trainer.run_stage("stage1", model, stage1)
         self._examine("fused:stage1", lambda: model)
         with self._timed("stage 2"):
-            self.trainer.run_stage("stage2", model, self.recipe.stage2)
+            self.trainer.run_stage("stage2", model, stage2)
         self._examine("fused:stage2", lambda: model)
         results = self._results()
         self._write(model, results)
@@ -114,9 +117,7 @@ class Demo:
         """Weights averaged, in the template that suits the average best on validation data."""
         merged = average_weights([load_specialist(source, name=name) for name, source in specialists.items()])
         choices = [
-            FusedForCausalLM.from_specialists(
-                {"average": merged}, templates=template, tokenizer=self.trainer.tokenizer
-            )
+            FusedForCausalLM.from_specialists({"average": merged}, templates=template, tokenizer=self.trainer.tokenizer)
             for template in TEMPLATES.values()
         ]
         held_out = [r.messages for records in self.trainer.dataset["validation"].values() for r in records]
@@ -173,10 +174,10 @@ class Demo:
             curves={phase: self._curve(phase) for phase in CURVE_PHASES},
             timings=self.timings,
             notes=[
-                f"Test questions of every domain are disjoint from training; mixed ones ({TEST_ITEMS}) are composed in ways"
-                " that training does not use.",
-                "further-tuned: the text specialist trained on the same records as the fusion, for as many steps as both"
-                " stages together. direct: everything trained from an untrained gate, without stage 1.",
+                "Test questions are disjoint from training; mixed ones are composed in ways unseen in training.",
+                "further-tuned: the text specialist trained on the same records as the fusion, as many steps as both"
+                " stages together.",
+                "direct: everything trained at once from an untrained gate, as long as stage 2, without stage 1.",
             ],
         )
 
@@ -188,12 +189,16 @@ class Demo:
         recipe = dump_recipe(self.recipe)
         (self.folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
         scores = json.loads(results.model_dump_json())["scores"]
-        target = save_fused(model, self.folder / "model", tokenizer=self.trainer.tokenizer, recipe=recipe, results=scores)
+        target = save_fused(
+            model, self.folder / "model", tokenizer=self.trainer.tokenizer, recipe=recipe, results=scores
+        )
         write_results(results, self.folder / "results.json")
         write_report(results, self.folder / "report.html")
         out = Console(highlight=False)
         out.print(scores_table(results))
         for line in headline(results):
             out.print(line)
-        out.print(f"\n{results.seconds:.0f} s on {torch.get_num_threads()} threads. Report: {self.folder / 'report.html'}")
+        out.print(
+            f"\n{results.seconds:.0f} s on {torch.get_num_threads()} threads. Report: {self.folder / 'report.html'}"
+        )
         out.print(f"Talk to it:  ultrafuser chat {target}")

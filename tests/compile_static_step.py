@@ -1,11 +1,11 @@
-"""Decodes with a compiled step and a static cache; prints whether the answer is the reference's and how many graphs it took."""
+"""Decodes with a compiled step and a static cache; prints if the answer is the reference's and the number of graphs."""
 
 from typing import Any
 
 import torch
-from helpers import make_fused, reference_greedy
 from transformers import StaticCache
 
+from helpers import make_fused, reference_greedy
 from ultrafuser.model.cache import FusedCache
 
 model = make_fused(templates=None)

@@ -1,4 +1,4 @@
-"""Every test runs offline, seeded, on two threads, with shapes and types checked at each call."""
+"""Every test runs offline, seeded, on one thread, with shapes and types checked at each call."""
 
 import os
 
@@ -16,7 +16,7 @@ import transformers
 # Before any import of the package: the hook checks only what is imported under it.
 jaxtyping.install_import_hook("ultrafuser", "typechecker.check_calls")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def pytest_report_header() -> str:

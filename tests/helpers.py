@@ -21,18 +21,20 @@ from ultrafuser.model.fused import FusedForCausalLM
 torch.set_num_threads(1)
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
-VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+# GGUF files need a merge; this one, of the bytes 0 and 1, is in no text.
+MERGE = ("Ā", "ā")
+VOCAB_SIZE = len(SPECIAL_TOKENS) + 256 + 1
 PAPER_TEMPLATES = ("ultralm", "codellama", "wizardmath")
 
 
 def make_tokenizer(*, swap: tuple[str, str] | None = None) -> PreTrainedTokenizerFast:
     """One token per byte; `swap` exchanges the ids of two tokens."""
-    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "".join(MERGE)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if swap is not None:
         a, b = swap
         vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[MERGE]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
@@ -46,7 +48,12 @@ def make_tokenizer(*, swap: tuple[str, str] | None = None) -> PreTrainedTokenize
 
 
 _SIZES: dict[str, Callable[[int], dict[str, Any]]] = {
-    "llama": lambda h: {"hidden_size": h, "intermediate_size": 2 * h, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "llama": lambda h: {
+        "hidden_size": h,
+        "intermediate_size": 2 * h,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
     "gpt_neox": lambda h: {"hidden_size": h, "intermediate_size": 2 * h, "num_attention_heads": 2},
     "gpt2": lambda h: {"n_embd": h, "n_head": 2, "n_positions": 512},
     "opt": lambda h: {"hidden_size": h, "ffn_dim": 2 * h, "num_attention_heads": 2, "max_position_embeddings": 512},
@@ -57,7 +64,13 @@ _SIZES["gemma2"] = lambda h: {**_SIZES["llama"](h), "head_dim": h // 2, "query_p
 
 
 def make_model(
-    kind: str = "llama", *, seed: int = 0, hidden_size: int = 16, tied: bool = False, vocab_size: int = VOCAB_SIZE, **more: Any
+    kind: str = "llama",
+    *,
+    seed: int = 0,
+    hidden_size: int = 16,
+    tied: bool = False,
+    vocab_size: int = VOCAB_SIZE,
+    **more: Any,
 ) -> PreTrainedModel:
     """A two-layer model with weights large enough that its answers differ from token to token."""
     layers = "n_layer" if kind in ("gpt2", "bloom") else "num_hidden_layers"
@@ -90,7 +103,9 @@ def make_mixed() -> dict[str, PreTrainedModel]:
     }
 
 
-def make_fused(specialists: dict[str, PreTrainedModel] | None = None, *, loud: bool = True, **options: Any) -> FusedForCausalLM:
+def make_fused(
+    specialists: dict[str, PreTrainedModel] | None = None, *, loud: bool = True, **options: Any
+) -> FusedForCausalLM:
     """A fused model with the paper's templates; `loud` makes its gate prefer somebody."""
     specialists = make_trio() if specialists is None else specialists
     defaults: dict[str, Any] = {

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import make_tokenizer
 from ultrafuser.alignment.collate import collate, left_pad, micro_batches
 from ultrafuser.alignment.encode import EncodedRecord, EncodedTurn, Encoder
 from ultrafuser.chat.library import TEMPLATE_NAMES, load_template
@@ -59,7 +59,9 @@ def test_what_a_specialist_sees_is_its_own_templates_rendering(names: list[str],
 
 @settings(deadline=None, max_examples=30)
 @given(names=NAMES, group=st.lists(conversations(), min_size=1, max_size=3))
-def test_labels_are_the_shared_responses_and_every_specialist_sees_them_there(names: list[str], group: list[Conversation]):
+def test_labels_are_the_shared_responses_and_every_specialist_sees_them_there(
+    names: list[str], group: list[Conversation]
+):
     encoder = make_encoder(*names)
 
     batch = collate([encoder.encode(c, id=str(i), domain="d") for i, c in enumerate(group)], pad_id=encoder.pad_id)
@@ -68,7 +70,7 @@ def test_labels_are_the_shared_responses_and_every_specialist_sees_them_there(na
     for b, conversation in enumerate(group):
         responses = [[*ids(m.content), 2] for m in conversation if m.role == "assistant"]
         trained = batch.labels[b] != -100
-        assert batch.labels[b][trained].tolist() == sum(responses, [])
+        assert batch.labels[b][trained].tolist() == [token for response in responses for token in response]
         for n in range(len(names)):
             assert torch.equal(batch.specialist_input_ids[b, n][trained], batch.labels[b][trained])
             hidden = trained & (batch.specialist_attention_mask[b, n] == 0)
@@ -80,7 +82,9 @@ def test_labels_are_the_shared_responses_and_every_specialist_sees_them_there(na
 
 @settings(deadline=None, max_examples=30)
 @given(names=NAMES, conversation=conversations())
-def test_a_prompt_has_the_tokens_that_training_had_before_the_last_response(names: list[str], conversation: Conversation):
+def test_a_prompt_has_the_tokens_that_training_had_before_the_last_response(
+    names: list[str], conversation: Conversation
+):
     encoder = make_encoder(*names)
     batch = collate([encoder.encode(conversation, id="0", domain="d")], pad_id=encoder.pad_id)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_helpers import TOKENIZER, make_conversations, make_records
 
+from training_helpers import TOKENIZER, make_conversations, make_records
 from ultrafuser.alignment.encode import Encoder
 from ultrafuser.chat.library import load_template
 from ultrafuser.chat.messages import Message
@@ -113,7 +113,8 @@ def test_truncation_keeps_whole_turns_and_the_front_of_the_next_response(missing
 
     cut = truncate(whole, whole.num_columns - missing)
 
-    assert cut is not None and cut.num_columns <= whole.num_columns - missing
+    assert cut is not None
+    assert cut.num_columns <= whole.num_columns - missing
     assert cut.turns[0] == whole.turns[0]
     if len(cut.turns) == 2:
         assert whole.turns[1].response[: len(cut.turns[1].response)] == cut.turns[1].response
@@ -132,7 +133,9 @@ def test_truncated_records_never_exceed_the_limit():
     records = make_records("text", 8)
 
     for limit in range(1, 60):
-        assert all(r.num_columns <= limit for r in encode_records(records, ENCODER, max_length=limit, overlength="truncate"))
+        assert all(
+            r.num_columns <= limit for r in encode_records(records, ENCODER, max_length=limit, overlength="truncate")
+        )
 
 
 def test_training_on_the_last_turn_alone_makes_the_history_its_prompt():

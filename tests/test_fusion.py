@@ -92,7 +92,7 @@ def test_uniform_weights_are_one_over_n():
 
 
 def test_perplexity_weights_are_inverse_perplexities():
-    """PackLLM's similarity variant: the softmax of minus the mean NLL, so `1 / perplexity` normalised at temperature 1."""
+    """PackLLM's similarity variant: the softmax of minus the mean NLL; at temperature 1, `1 / perplexity` normalised."""
     nlls = [torch.rand(1, 5) * 3 for _ in range(2)]
     visible = torch.tensor([[False, True, True, False, True]])
 
@@ -129,11 +129,8 @@ def test_held_scores_are_those_of_the_latest_prompts_last_column(carried: Tensor
         latest = None
         for t in range(7):
             latest = t if starts[b, t] else latest
-            if latest is not None:
-                expected = scores[b, latest]
-            else:
-                expected = scores[b, t] if carried is None else carried[b]
-            assert torch.equal(held[b, t], expected)
+            before = scores[b, t] if carried is None else carried[b]
+            assert torch.equal(held[b, t], before if latest is None else scores[b, latest])
 
 
 @pytest.mark.parametrize("space", ["logits", "logprobs", "probs"])
@@ -159,4 +156,6 @@ def test_the_loss_in_chunks_equals_cross_entropy_of_all_fused_logits(space: str,
 
 
 def test_nothing_to_predict_is_an_empty_loss():
-    assert fused_nll([torch.zeros(0, 5)], torch.zeros(0, 1), torch.zeros(0, dtype=torch.long), [lambda h: h]).shape == (0,)
+    assert fused_nll([torch.zeros(0, 5)], torch.zeros(0, 1), torch.zeros(0, dtype=torch.long), [lambda h: h]).shape == (
+        0,
+    )

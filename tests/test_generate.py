@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import DynamicCache, pipeline
+from transformers.generation.streamers import BaseStreamer
+
 from helpers import (
     VOCAB_SIZE,
     make_fused,
@@ -17,10 +21,6 @@ from helpers import (
     reference_greedy,
     reference_step,
 )
-from torch import Tensor
-from transformers import DynamicCache, pipeline
-from transformers.generation.streamers import BaseStreamer
-
 from ultrafuser.alignment.collate import collate, left_pad
 from ultrafuser.alignment.encode import Encoder, Ids
 from ultrafuser.chat.messages import Conversation, Message
@@ -206,7 +206,9 @@ def test_beam_search_finds_what_beam_search_by_hand_finds(way: dict[str, Any]):
 
 
 @pytest.mark.parametrize("options", [{"granularity": "prompt"}, {"weighting": "perplexity"}, {"weighting": "uniform"}])
-@pytest.mark.parametrize("way", [{}, {"cache_implementation": "static"}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
+@pytest.mark.parametrize(
+    "way", [{}, {"cache_implementation": "static"}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}]
+)
 def test_other_weights_are_the_same_with_and_without_a_cache(options: dict[str, str], way: dict[str, Any]):
     model = make_fused(**options)
     inputs = left_pad(encode(model, SHORT), pad_id=0)
@@ -291,7 +293,9 @@ def test_a_pipeline_writes_text_with_a_saved_model_of_one_plain_template(tmp_pat
 
     ids = tokenizer("hello")["input_ids"]
     stops = model.generation_config.eos_token_id
-    assert text == tokenizer.decode(reference_greedy(model, [ids] * 3, max_tokens=NEW, stops=stops), skip_special_tokens=True)
+    assert text == tokenizer.decode(
+        reference_greedy(model, [ids] * 3, max_tokens=NEW, stops=stops), skip_special_tokens=True
+    )
 
 
 # FusedGenerator

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helpers import VOCAB_SIZE, make_fused, make_mixed, make_model, make_tokenizer, make_trio, reference_scores
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, Trainer, TrainingArguments
 
+from helpers import VOCAB_SIZE, make_fused, make_mixed, make_model, make_tokenizer, make_trio, reference_scores
 from ultrafuser.alignment.collate import Batch, collate
 from ultrafuser.alignment.encode import Encoder
 from ultrafuser.chat.messages import Conversation, Message
@@ -40,7 +40,7 @@ def predicting_columns(labels: Tensor) -> Tensor:
 
 
 def reference_rows(model: FusedForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Fused logits [M, V] and gate scores [M, N] of the columns that predict, each specialist on its visible tokens alone."""
+    """Fused logits [M, V] and gate scores [M, N] of the columns that predict, from each one's visible tokens alone."""
     logits, hiddens = [], []
     for j, specialist in enumerate(model.specialists.values()):
         own_logits, own_hiddens = [], []

@@ -48,7 +48,12 @@ def test_the_order_of_the_specialists_is_kept(recipe_file: Path):
 
 
 def test_a_dumped_recipe_loads_to_the_same(recipe_file: Path, tmp_path: Path):
-    settings = ["stage2.train_specialists=true", "stage2.learning_rate=2e-5", f"output={tmp_path / 'out'}", "stage1=null"]
+    settings = [
+        "stage2.train_specialists=true",
+        "stage2.learning_rate=2e-5",
+        f"output={tmp_path / 'out'}",
+        "stage1=null",
+    ]
     recipe = load_recipe(recipe_file, settings)
 
     (tmp_path / "again.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
@@ -148,7 +153,9 @@ def test_every_mistake_is_named(recipe_file: Path):
         load_recipe(recipe_file, ["stage1.steps=0", "train.sampler=random"])
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [1", "is no YAML"), ("- a\n", "must hold a mapping"), ("", "mapping")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [1", "is no YAML"), ("- a\n", "must hold a mapping"), ("", "mapping")]
+)
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str):
     (tmp_path / "bad.yaml").write_text(text, encoding="utf-8")
 
@@ -217,7 +224,9 @@ def test_a_run_writes_where_the_recipe_says_or_under_its_name(tmp_path: Path):
     assert parse_recipe({"name": "a", "output": str(tmp_path), "specialists": specialists}).folder == tmp_path
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_every_recipe_in_the_repository_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ULTRAFUSER_DATA", "/data")
 

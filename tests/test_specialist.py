@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from helpers import (
+    MERGE,
     SPECIAL_TOKENS,
     VOCAB_SIZE,
     make_fused,
@@ -15,7 +17,6 @@ from helpers import (
     reference_greedy,
     save_specialist,
 )
-
 from ultrafuser.config.recipe import Recipe, SpecialistConfig
 from ultrafuser.errors import ConfigError, ModelError, TemplateError, VocabularyError
 from ultrafuser.model.build import read_templates
@@ -89,7 +90,11 @@ def test_a_recipe_names_specialists_templates_and_options(tmp_path):
     fused = FusedForCausalLM.from_recipe(recipe)
 
     assert [t.name for t in read_templates(fused.config)] == ["ultralm", "codellama"]
-    assert (fused.config.gate_hidden_size, fused.config.granularity, fused.config.fusion_space) == (4, "prompt", "probs")
+    assert (fused.config.gate_hidden_size, fused.config.granularity, fused.config.fusion_space) == (
+        4,
+        "prompt",
+        "probs",
+    )
     assert fused.dtype == torch.bfloat16
     assert fused.fusion_gate.layers[0].weight.dtype == torch.float32
 
@@ -159,7 +164,9 @@ def test_a_specialists_own_tokenizer_gives_its_template(tmp_path):
 
 
 def test_the_first_token_that_differs_is_named():
-    with pytest.raises(VocabularyError, match="token 3 is '<|im_start|>' for specialist 'a' but '<|im_end|>' for 'b'"):
+    with pytest.raises(
+        VocabularyError, match=r"token 3 is '<\|im_start\|>' for specialist 'a' but '<|im_end|>' for 'b'"
+    ):
         check_vocabularies({"a": make_tokenizer(), "b": make_tokenizer(swap=("<|im_start|>", "<|im_end|>"))})
 
 
@@ -230,7 +237,7 @@ def write_gguf(model, folder: Path) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in SPECIAL_TOKENS else 1 for token in tokens])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges([" ".join(MERGE)])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from training_helpers import (
     DOMAINS,
     TOKENIZER,
@@ -17,7 +18,6 @@ from training_helpers import (
     parameters,
     untimed_metrics,
 )
-
 from ultrafuser.config.recipe import StageConfig
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.fused import FusedForCausalLM
@@ -58,7 +58,7 @@ def gradients(folder: Path, **train_options: Any) -> tuple[dict[str, torch.Tenso
     phase = make_phase(folder, stage={**EVERYTHING, "max_grad_norm": None}, train=train_options)
     phase.model.train()
     loop = Loop(phase)
-    loop.optimizer.step = lambda step: 0.0  # type: ignore[method-assign]  # leaves the gradients where they are
+    loop.optimizer.step = lambda _: 0.0  # type: ignore[method-assign]  # leaves the gradients where they are
     if train_options.get("activation_checkpointing"):
         for specialist in phase.model.specialists.values():
             specialist.gradient_checkpointing_enable({"use_reentrant": False})
@@ -131,7 +131,9 @@ def test_activation_checkpointing_is_on_in_every_specialist_when_asked_for(tmp_p
 def test_one_specialist_is_ordinary_fine_tuning(tmp_path: Path):
     """n = 1 equals a plain loop over the HF model: AdamW, cosine, clipping, the same batches."""
     model = make_fused(["text"])
-    phase = make_phase(tmp_path, model=model, name="tune-text", stage={**EVERYTHING, "warmup_steps": 1}, sizes={"text": 6})
+    phase = make_phase(
+        tmp_path, model=model, name="tune-text", stage={**EVERYTHING, "warmup_steps": 1}, sizes={"text": 6}
+    )
     loop = Loop(phase)
     plain = make_specialist(0).train()
     adamw = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
@@ -145,6 +147,7 @@ def test_one_specialist_is_ordinary_fine_tuning(tmp_path: Path):
             labels[:, : len(turn.prompts[0])] = -100
             total = total + plain(input_ids=ids, labels=labels).loss * len(turn.response)
         (total / tokens).backward()
+        total = total.detach()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         for group in adamw.param_groups:
             group["lr"] = 1e-2 * (1.0 if step == 0 else 0.5 * (1 + math.cos(math.pi * (step - 1) / 3)))
@@ -166,7 +169,7 @@ def test_no_tensor_of_logits_is_longer_than_a_chunk(tmp_path: Path):
     rows: list[int] = []
     for specialist in phase.model.specialists.values():
         head = specialist.get_output_embeddings()
-        head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[:-1].numel()))
+        head.register_forward_hook(lambda _module, _inputs, output: rows.append(output.shape[:-1].numel()))
 
     Loop(phase).run()
 
@@ -194,12 +197,13 @@ def test_stage_1_keeps_no_graph_of_the_specialists(tmp_path: Path):
     graphs = []
     for specialist in phase.model.specialists.values():
         specialist.base_model.register_forward_hook(
-            lambda module, inputs, output: graphs.append(output.last_hidden_state.requires_grad)
+            lambda _module, _inputs, output: graphs.append(output.last_hidden_state.requires_grad)
         )
 
     Loop(phase).run()
 
-    assert graphs and not any(graphs)
+    assert graphs
+    assert not any(graphs)
 
 
 def test_stage_2_changes_everything(tmp_path: Path):
@@ -281,7 +285,7 @@ def test_gradients_are_clipped_to_a_norm_and_reported_unclipped(tmp_path: Path):
         loops[limit] = Loop(phase)
         seen: dict[str, float] = {}
 
-        def note(step: int, loop: Loop = loops[limit], seen: dict[str, float] = seen) -> float:
+        def note(_: int, loop: Loop = loops[limit], seen: dict[str, float] = seen) -> float:
             grads = [p.grad for p in loop.trained.values() if p.grad is not None]
             seen["norm"] = float(torch.nn.utils.get_total_norm(grads))
             return 0.0
@@ -296,7 +300,7 @@ def test_bf16_autocast_keeps_weights_and_optimizer_state_in_fp32(tmp_path: Path)
     phase = make_phase(tmp_path, stage=EVERYTHING, train={"precision": "bf16"})
     dtypes = set()
     phase.model.specialists["text"].get_output_embeddings().register_forward_hook(
-        lambda module, inputs, output: dtypes.add(output.dtype)
+        lambda _module, _inputs, output: dtypes.add(output.dtype)
     )
     loop = Loop(phase)
 
@@ -339,7 +343,9 @@ def test_every_line_of_metrics_has_the_promised_keys(tmp_path: Path):
         for weights in line["gate_weights"].values():
             assert list(weights) == list(DOMAINS)
             assert sum(weights.values()) == pytest.approx(1)
-        assert line["grad_norm"] > 0 and line["tokens_per_s"] > 0 and line["memory_bytes"] > 2**20
+        assert line["grad_norm"] > 0
+        assert line["tokens_per_s"] > 0
+        assert line["memory_bytes"] > 2**20
     assert [("validation" in line) for line in lines] == [False, False, True, False, True]
     assert set(lines[2]["validation"]) == set(DOMAINS)
 
@@ -351,7 +357,9 @@ def test_the_loss_is_the_mean_of_the_domains_over_their_tokens(tmp_path: Path):
 
     values = loop._step(0)
 
-    tokens = {domain: sum(r.num_response_tokens for r in records if r.domain == domain) for domain in (*DOMAINS, COMPOSED)}
+    tokens = {
+        domain: sum(r.num_response_tokens for r in records if r.domain == domain) for domain in (*DOMAINS, COMPOSED)
+    }
     assert values["loss_per_domain"].keys() == tokens.keys()
     total = sum(values["loss_per_domain"][domain] * tokens[domain] for domain in tokens)
     assert values["loss"] == pytest.approx(total / values["tokens"])
@@ -397,7 +405,9 @@ def test_training_works_without_tensorboard(tmp_path: Path, monkeypatch: pytest.
     assert len(untimed_metrics(tmp_path / "metrics.jsonl")) == 4
 
 
-def test_where_there_is_no_terminal_progress_is_a_line_with_the_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_where_there_is_no_terminal_progress_is_a_line_with_the_time_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     train(tmp_path)
 
     assert "stage1: step 4/4, loss " in capsys.readouterr().err
@@ -471,7 +481,9 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_the_batch(tmp_path: 
     loop._step = poisoned  # type: ignore[method-assign]
     drawn = {phase.records[d.domain][d.index].id[:12] for d in loop.sampler.batch(3)}
 
-    with pytest.raises(TrainingError, match=r"stage1, step 3: loss nan .*step-00000002; lower the learning rate") as caught:
+    with pytest.raises(
+        TrainingError, match=r"stage1, step 3: loss nan .*step-00000002; lower the learning rate"
+    ) as caught:
         loop.run()
 
     assert "\n" not in str(caught.value)
@@ -482,6 +494,16 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_the_batch(tmp_path: 
     clean = make_phase(tmp_path, stage={"steps": 6})
     Loop(clean).run()
     assert untimed_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 5
+
+
+def test_metrics_that_cannot_be_written_stop_training_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tracking.MetricsFile, "write", refuse)
+
+    with pytest.raises(TrainingError, match=r"cannot write metrics to .*: No space left on device. Make room"):
+        train(tmp_path)
 
 
 def test_a_learning_rate_that_is_far_too_high_is_caught(tmp_path: Path):

@@ -1,11 +1,12 @@
 """Tiny specialists, data and recipes for the tests of training, and a server that runs training in children.
 
-Run as a script this file is that server: it imports everything once, then forks a child for each request, so a run that is
-to be killed starts in milliseconds.
+Run as a script this file is that server: it imports everything once, then forks a child for each request, so a run
+that is to be killed starts in milliseconds.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from ultrafuser.train.phase import Phase
 
 DOMAINS = ("text", "code")
 TEMPLATES = {"text": "ultralm", "code": "codellama"}
-SIZE_LIMIT_BYTES = 4096
 TIMED = {"seconds", "tokens_per_s", "memory_bytes"}  # of a line of metrics: what differs between equal runs
 
 
@@ -88,7 +88,8 @@ def make_conversations(domain: str, number: int) -> list[Conversation]:
 
 
 def make_records(domain: str, number: int) -> list[Record]:
-    return [Record(content_id(c), c, domain, f"{domain}[{i}]") for i, c in enumerate(make_conversations(domain, number))]
+    conversations = make_conversations(domain, number)
+    return [Record(content_id(c), c, domain, f"{domain}[{i}]") for i, c in enumerate(conversations)]
 
 
 def make_phase(
@@ -192,7 +193,8 @@ class TrainingServer:
 
     def run(self, job: str, folder: Path, **arguments: Any) -> tuple[int, str, int]:
         """Run a job of `JOBS`; returns its exit code (negative: the signal), what it said on stderr, events counted."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"job": job, "folder": str(folder), **arguments}) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
@@ -270,7 +272,6 @@ def count_events(kill_at: int | None, log: Path) -> None:
 
     for owner, name in (
         (checkpoint, "save_file"),
-        (checkpoint, "_hash"),
         (checkpoint, "_flush"),
         (shutil, "rmtree"),
         (Path, "rename"),
@@ -293,6 +294,10 @@ def damage_writing(after: int) -> None:
 
 def _serve() -> None:
     torch.set_num_threads(1)
+    # What a run imports on its way, so that no child has to.
+    for module in ("torch.utils.tensorboard", "ultrafuser.cli.main", "ultrafuser.train.pipeline", "torch._dynamo"):
+        with suppress(ImportError):
+            importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
         folder = Path(request["folder"])

@@ -105,7 +105,7 @@ def left_pad(prompts: Sequence[Sequence[Ids]], *, pad_id: int) -> dict[str, Tens
 
 
 def micro_batches(records: Sequence[EncodedRecord], *, max_columns: int) -> Iterator[list[EncodedRecord]]:
-    """Cut a batch into pieces of at most `max_columns` rows x columns, shortest records first so that little is padding.
+    """Cut a batch into pieces of at most `max_columns` rows x columns, shortest records first for little padding.
 
     The pieces are a pure function of the records: how they are cut changes nothing but rounding.
     """

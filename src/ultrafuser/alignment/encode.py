@@ -142,8 +142,8 @@ class Encoder:
         for template, prompt in zip(self.templates, prompts, strict=True):
             if not prompt:
                 raise DataError(
-                    f"{what}: template {template.name!r} writes nothing before the response, so there is nothing to predict "
-                    "it from: give it a user message"
+                    f"{what}: template {template.name!r} writes nothing before the response, so there is nothing to "
+                    "predict it from: give it a user message"
                 )
 
     def _ids(self, text: str) -> Ids:

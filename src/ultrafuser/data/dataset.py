@@ -49,7 +49,8 @@ def load_dataset(config: DataConfig) -> Dataset:
     """Read every source of a recipe and deal the records to splits by content hash, so that they never leak.
 
     Raises:
-        DataError: A source is missing or damaged, a record is bad (unless `bad_records` is "skip"), or a domain is empty.
+        DataError: A source is missing or damaged, a record is bad (unless `bad_records` is "skip"), or a domain is
+            empty.
     """
     benchmarks = OverlapIndex(load_benchmarks(config.benchmarks)) if config.benchmarks else None
     splits: dict[Split, DomainRecords] = {"train": {}, "validation": {}, "test": {}}
@@ -99,8 +100,8 @@ def encode_records(
             too_long += 1
             if overlength == "error":
                 raise DataError(
-                    f"{record.source}: {item.num_columns} tokens, {item.num_columns - max_length} over max_length {max_length}:"
-                    " raise data.max_length, or set data.overlength to drop or truncate"
+                    f"{record.source}: {item.num_columns} tokens, {item.num_columns - max_length} over max_length "
+                    f"{max_length}: raise data.max_length, or set data.overlength to drop or truncate"
                 )
             shortened = truncate(item, max_length) if overlength == "truncate" else None
             if shortened is None:

@@ -18,12 +18,11 @@ from transformers import Cache, PreTrainedModel
 
 from ultrafuser.errors import ModelError
 
-
 # A plain dictionary, since torch.compile cannot trace `lru_cache`.
 _TAKES_POSITION_IDS: dict[type, bool] = {}
 
 
-def _takes_position_ids(backbone: type) -> bool:
+def _takes_position_ids(backbone: type[torch.nn.Module]) -> bool:
     if backbone not in _TAKES_POSITION_IDS:
         _TAKES_POSITION_IDS[backbone] = "position_ids" in inspect.signature(backbone.forward).parameters
     return _TAKES_POSITION_IDS[backbone]

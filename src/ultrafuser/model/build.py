@@ -42,8 +42,8 @@ def build_fused(
     Args:
         cls: `FusedForCausalLM` or a subclass.
         specialists: Model or where to find it, by name.
-        templates: Template of each specialist: a name of the library, a `.jinja` file, "tokenizer", or a `Template`; one for
-            all, one each in order, or by name. None: ordinary `input_ids` alone.
+        templates: Template of each specialist: a name of the library, a `.jinja` file, "tokenizer", or a `Template`;
+            one for all, one each in order, or by name. None: ordinary `input_ids` alone.
         tokenizer: The shared tokenizer; None: the first that lies beside a specialist's weights.
         dtype: Of weights loaded here; None: fp32. Models at hand keep theirs.
         seed: Of the gate's initial weights.
@@ -170,7 +170,7 @@ def assemble(
     for name, model in models.items():
         fused.specialists[name] = model
     fused.fusion_gate = new_gate(config, seed).to(next(iter(models.values())).device)
-    return fused.eval()  # type: ignore[no-any-return]
+    return fused.train(False)
 
 
 def new_gate(config: FusedConfig, seed: int) -> Any:

@@ -30,7 +30,7 @@ class FusedCache(Cache):
         """A growing cache for each specialist."""
         return cls({name: DynamicCache(config=config) for name, config in configs.items()})
 
-    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Columns held so far (of the first specialist: outside `forward` all hold the same)."""
         length: int | Tensor = next(iter(self.views.values())).get_seq_length(layer_idx)
         # A static cache gives its counter itself, which moves when the first specialist has run.
@@ -38,7 +38,7 @@ class FusedCache(Cache):
 
     def reset(self) -> None:
         """Forget everything, the held scores too."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self.held_scores = None
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -55,6 +55,6 @@ class FusedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> Any:
         """Reorder rows, as beam search does."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         if self.held_scores is not None:
             self.held_scores = self.held_scores.index_select(0, beam_idx.to(self.held_scores.device))

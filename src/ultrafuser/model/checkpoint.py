@@ -23,7 +23,7 @@ from ultrafuser.errors import ModelError
 from ultrafuser.model.build import assemble, build_fused, read_templates
 from ultrafuser.model.configuration import FusedConfig
 from ultrafuser.model.model_card import write_model_card
-from ultrafuser.model.specialist import load_specialist, load_tokenizer, state_digest
+from ultrafuser.model.specialist import first_line, load_specialist, load_tokenizer, state_digest
 from ultrafuser.model.vocabulary import trim_vocabulary
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def save_fused(
         model: What to save.
         folder: Replaced if it exists.
         tokenizer: Saved beside the weights, with the first template as its chat template where it has none.
-        gate_only: Leave the specialists out and refer to them; each must have come from a folder or the hub and be as it was
-            there, which is checked by reading it once more.
+        gate_only: Leave the specialists out and refer to them; each must have come from a folder or the hub and be as
+            it was there, which is checked by reading it once more.
         recipe: The resolved recipe as YAML, for the model card and `recipe.yaml`.
         results: Scores for the model card: model -> domain -> {"loss": ...}.
         max_shard_size: Of the safetensors files.
@@ -108,8 +108,9 @@ def load_fused(
     """
     config = kwargs.pop("config", None)
     if not isinstance(config, FusedConfig):
-        location = {key: kwargs[key] for key in ("revision", "cache_dir", "local_files_only", "token") if key in kwargs}
-        config = FusedConfig.from_pretrained(folder, **location)
+        places = ("revision", "cache_dir", "local_files_only", "token")
+        location: dict[str, Any] = {key: kwargs[key] for key in places if key in kwargs}
+        config = _read_config(folder, location)
     if unknown := set(without) - set(config.names):
         raise ModelError(f"cannot leave out {', '.join(sorted(unknown))}: the model has {', '.join(config.names)}")
     kept = [name for name in config.names if name not in without]
@@ -129,6 +130,17 @@ def load_fused(
     return _add_specialists(cls, model, add, add_templates, tokenizer)
 
 
+def _read_config(folder: Any, location: Mapping[str, Any]) -> FusedConfig:
+    try:
+        values, _ = FusedConfig.get_config_dict(folder, **location)
+    except OSError as error:
+        raise ModelError(f"no fused model could be loaded from {folder}: {first_line(error)}") from error
+    if (kind := values.get("model_type")) != FusedConfig.model_type:
+        raise ModelError(f"{folder} holds a {kind} model and no fused one: make one with from_specialists")
+    config: FusedConfig = FusedConfig.from_pretrained(folder, **location)
+    return config
+
+
 def _load_gate_only(
     cls: type[FusedForCausalLM],
     folder: Path,
@@ -139,30 +151,35 @@ def _load_gate_only(
     trust_remote_code: bool = False,
     **_: Any,
 ) -> Any:
-    models = {part["name"]: _load_part(part, config, trust_remote_code) for part in config.sources}
-    for part in config.sources if check_digests else ():
-        if (actual := state_digest(models[part["name"]])) != part["digest"]:
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    models = {}
+    for part in config.sources:
+        recorded = _load_part(part, config, trust_remote_code)
+        if check_digests and (actual := state_digest(recorded)) != part["digest"]:
             raise ModelError(
                 f"specialist {part['name']!r} from {part['model']} is not the one this gate was trained with (weights "
                 f"{actual[:12]}, expected {str(part['digest'])[:12]}): restore it, or pass check_digests=False"
             )
+        # Read again for another type, since casting would round what the loader keeps exact (RoPE's frequencies).
+        again = wanted not in (None, recorded.dtype)
+        models[part["name"]] = _load_part(part, config, trust_remote_code, wanted) if again else recorded
     config.gate_only = False  # from here on the model is whole
     model = assemble(cls, config, models, seed=0)
     state = load_file(_find_file(folder, config, GATE_FILE))
     left_out = {key for key in state if key.startswith("projections.") and key.split(".")[1] not in config.names}
     model.fusion_gate.load_state_dict({key: value for key, value in state.items() if key not in left_out})
     model.generation_config = GenerationConfig.from_pretrained(_find_file(folder, config, GENERATION_FILE).parent)
-    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    return model if dtype is None else model.to(dtype)
+    return model
 
 
-def _load_part(part: Mapping[str, Any], config: FusedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A specialist as it was when its digest was taken: in that type, with the rows that all share."""
+def _load_part(
+    part: Mapping[str, Any], config: FusedConfig, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A specialist as it was when its digest was taken: with the rows that all share and, unless told, in that type."""
     source = SpecialistConfig(
         **{key: part[key] for key in ("model", "revision", "gguf_file", "adapter")}, trust_remote_code=trust_remote_code
     )
-    dtype = getattr(torch, part["dtype"]) if part["dtype"] else config.dtype
-    model = load_specialist(source, name=part["name"], dtype=dtype)
+    model = load_specialist(source, name=part["name"], dtype=dtype or getattr(torch, part["dtype"]))
     trim_vocabulary({part["name"]: model}, size=config.vocab_size)
     return model
 
@@ -172,7 +189,7 @@ def _find_file(folder: Path, config: FusedConfig, name: str) -> Path:
         return folder / name
     if folder.is_dir():
         raise ModelError(f"{folder} should hold a gate, but {name} is missing: the folder is incomplete")
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     return Path(str(cached_file(config.name_or_path or str(folder), name)))
 
@@ -225,15 +242,20 @@ def _describe_source(model: FusedForCausalLM, part: Mapping[str, Any]) -> dict[s
     name, specialist = part["name"], model.specialists[part["name"]]
     if not part["model"]:
         raise ModelError(
-            f"specialist {name!r} came from no folder or hub id, so a gate cannot refer to it: save the whole model, or save "
-            "the specialist first and build from its folder"
+            f"specialist {name!r} came from no folder or hub id, so a gate cannot refer to it: save the whole model, or "
+            "save the specialist first and build from its folder"
         )
     places = {key: _absolute(part[key]) for key in ("model", "adapter")}
-    described = {**part, **places, "dtype": str(specialist.dtype).removeprefix("torch."), "digest": state_digest(specialist)}
+    described = {
+        **part,
+        **places,
+        "dtype": str(specialist.dtype).removeprefix("torch."),
+        "digest": state_digest(specialist),
+    }
     if state_digest(_load_part(described, model.config)) != described["digest"]:
         raise ModelError(
-            f"specialist {name!r} is no longer what {places['model']} holds (trained since?), so a gate cannot refer to it: "
-            "save the whole model"
+            f"specialist {name!r} is no longer what {places['model']} holds (trained since?), so a gate cannot refer to "
+            "it: save the whole model"
         )
     return described
 
@@ -267,8 +289,8 @@ def _restrict(config: FusedConfig, kept: Sequence[str]) -> FusedConfig:
     restricted: FusedConfig = FusedConfig.from_dict(json.loads(json.dumps(values)))
     if len(set(config.hidden_sizes)) > 1 and len(set(restricted.hidden_sizes)) == 1:
         raise ModelError(
-            "the specialists that are left have one hidden size, but the gate was trained with a projection for each: keep "
-            "one of another size, or train a new gate"
+            "the specialists that are left have one hidden size, but the gate was trained with a projection for each: "
+            "keep one of another size, or train a new gate"
         )
     return restricted
 

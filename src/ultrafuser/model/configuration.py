@@ -23,8 +23,8 @@ class FusedConfig(PreTrainedConfig):
 
     Args:
         specialists: `{"name": ..., "config": ...}` in order. A list, since JSON sorts the keys of an object.
-        templates: `{"name": ..., "source": ..., "end_of_turn": [...]}` for each specialist, in order; empty when the model
-            was built without templates and reads ordinary `input_ids` alone.
+        templates: `{"name": ..., "source": ..., "end_of_turn": [...]}` for each specialist, in order; empty when the
+            model was built without templates and reads ordinary `input_ids` alone.
         end_token: The shared end token that closes every response, as text.
         gate_hidden_size, gate_num_layers: Size of the gate (paper: 512 and 2).
         granularity: `token` weighs at every token (paper); `prompt` keeps the weights of the last prompt token.
@@ -33,7 +33,7 @@ class FusedConfig(PreTrainedConfig):
         perplexity_temperature: Softness of the perplexity weights.
         solo: Name of the one specialist that answers alone, for ablation; None fuses.
         gate_only: The folder holds the gate alone and refers to its specialists by `sources`.
-        sources: `{"name", "model", "revision", "gguf_file", "adapter", "dtype", "digest"}` of each specialist, in order.
+        sources: `{"name", "model", "revision", "gguf_file", "adapter", "dtype", "digest"}` of each, in order.
         vocab_size: Tokens that all specialists share.
 
     Raises:
@@ -114,7 +114,7 @@ class FusedConfig(PreTrainedConfig):
         return sum(self.hidden_sizes)
 
     @property
-    def sub_configs(self) -> dict[str, type[PreTrainedConfig]]:  # type: ignore[override]
+    def sub_configs(self) -> dict[str, type[PreTrainedConfig]]:
         """Where transformers finds the parts, so that dtype and attention implementation reach them."""
         return {_PREFIX + name: type(config) for name, config in self.__dict__.get("_specialist_configs", {}).items()}
 

@@ -8,7 +8,7 @@ Shapes: B rows, T columns so far, P prompt columns, N specialists.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,14 @@ class FusedDecoding:
 
     specialists: Any
     config: Any
-    names: list[str]
-    active_names: list[str]
+
+    if TYPE_CHECKING:
+
+        @property
+        def names(self) -> list[str]: ...
+
+        @property
+        def active_names(self) -> list[str]: ...
 
     def _prepare_cache_for_generation(
         self,
@@ -65,8 +71,8 @@ class FusedDecoding:
         """Inputs of one step: the new columns of every specialist's view, masks over all columns.
 
         Args:
-            input_ids: [B, T] all columns so far, or without `next_sequence_length` the new ones alone, which follow what the
-                cache holds: so `generate()` reads a prompt in chunks.
+            input_ids: [B, T] all columns so far, or without `next_sequence_length` the new ones alone, which follow
+                what the cache holds: so `generate()` reads a prompt in chunks.
             next_sequence_length: How many columns are new; None: all of `input_ids`.
             specialist_input_ids: [B, N, P] constant prompts.
             specialist_attention_mask: [B, N, P] for these.
@@ -75,7 +81,7 @@ class FusedDecoding:
         if next_sequence_length is None and past_key_values is not None:
             stop += int(past_key_values.get_seq_length())
         inputs: dict[str, Any] = {
-            # Cloned, not `contiguous()`: a column of one row would keep a stride that grows, and a compiled step recompiles.
+            # Cloned, not `contiguous()`: one row's column would keep a stride that grows, and be compiled again.
             "input_ids": input_ids[:, -new:].clone(memory_format=torch.contiguous_format),
             "past_key_values": past_key_values,
             **{key: value for key, value in kwargs.items() if key not in ("position_ids", "labels")},
@@ -93,9 +99,10 @@ class FusedDecoding:
             masks = inputs["specialist_attention_mask"] = torch.cat([seen, ones], dim=-1)
         else:
             inputs["attention_mask"] = attention_mask
-        is_step = not is_first_iteration and masks is not None  # prompts differ in length: compiling them is in vain
-        if is_step and isinstance(past_key_values, FusedCache) and past_key_values.is_compileable:
-            self._static_masks(inputs, masks, past_key_values, new)
+        # Not for a prompt: prompts differ in length, so there is nothing to compile once.
+        if not is_first_iteration and isinstance(past_key_values, FusedCache) and past_key_values.is_compileable:
+            if masks is not None:
+                self._static_masks(inputs, masks, past_key_values, new)
         return inputs
 
     def _static_masks(self, inputs: dict[str, Any], masks: Tensor, cache: FusedCache, new: int) -> None:
@@ -104,7 +111,7 @@ class FusedDecoding:
             masks = masks[:, None].expand(-1, len(self.names), -1)
             inputs["attention_mask"] = None
         prepared: list[Any] = [None] * len(self.names)
-        positions = (masks.long().cumsum(dim=-1) - 1).clamp(min=0)[..., -new:]
+        positions = (masks.long().cumsum(dim=-1)[..., -new:] - 1).clamp(min=0)
         for name in self.active_names:
             j = self.names.index(name)
             specialist = self.specialists[name]

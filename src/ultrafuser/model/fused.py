@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from ultrafuser.config.recipe import Recipe, SpecialistConfig
 
 IGNORED = -100  # label of a column that is not trained
-_WHOLE_PROMPT = "perplexity weights need the whole prompt in one forward: no chunked prefill, and prompt_length with a cache"
+_WHOLE_PROMPT = (
+    "perplexity weights need the whole prompt in one forward: no chunked prefill, and prompt_length with a cache"
+)
 _LOADING_WISHES = (
     "_keep_in_fp32_modules",
     "_keep_in_fp32_modules_strict",
@@ -91,11 +94,11 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
         # Specialists left out at load are in the file and not here, on purpose.
         mine = "|".join(config.names)
         self._keys_to_ignore_on_load_unexpected = [rf"^(specialists|fusion_gate\.projections)\.(?!({mine})\.)"]
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
         self._adopt_specialists()
 
     def _adopt_specialists(self) -> None:
-        """Know of tied heads and of what the specialists' classes ask of a loader; `post_init` sees direct children only."""
+        """Know of tied heads and of what the specialists ask of a loader; `post_init` sees direct children only."""
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
         for specialist in self.specialists.values():
             for wish in _LOADING_WISHES:
@@ -115,20 +118,22 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
         """Fuse models; the gate is new and untrained. See `ultrafuser.model.build.build_fused`."""
         from ultrafuser.model.build import build_fused
 
-        return build_fused(
+        fused: Self = build_fused(
             cls, specialists, templates=templates, tokenizer=tokenizer, dtype=dtype, seed=seed, **options
         )
+        return fused
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, *, tokenizer: Any = None) -> Self:
         """Fuse the specialists of a recipe as they are on disk; the gate is new and untrained."""
         from ultrafuser.model.build import build_from_recipe
 
-        return build_from_recipe(cls, recipe, tokenizer=tokenizer)
+        fused: Self = build_from_recipe(cls, recipe, tokenizer=tokenizer)
+        return fused
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a saved fusion, full or gate-only. See `ultrafuser.model.checkpoint.load_fused` for `without` and `add`."""
+        """Load a saved fusion, full or gate-only; `ultrafuser.model.checkpoint.load_fused` has `without` and `add`."""
         from ultrafuser.model.checkpoint import load_fused
 
         return load_fused(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
@@ -182,10 +187,10 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
             past_key_values: A `FusedCache`; made on demand when `use_cache` is true.
             logits_to_keep: Give logits of the last so many columns only; 0 keeps all.
             specialist_input_ids: Each specialist's own view, in its template, of one length with the response aligned.
-            specialist_attention_mask: [B, N, past + T] for these; or a 4-D mask each, when decoding with a static cache.
+            specialist_attention_mask: [B, N, past + T] for these; or a 4-D mask each, to decode with a static cache.
             specialist_position_ids: Positions of these; default: counted over real tokens.
-            prompt_length: Columns of these inputs that are prompt, where it ends among them; for granularity "prompt" and
-                perplexity weights without labels.
+            prompt_length: Columns of these inputs that are prompt, where it ends among them; for granularity "prompt"
+                and perplexity weights without labels.
             skip_logits: Leave logits out; default: in training with labels, where nobody reads them.
             num_items_in_batch: Divisor of the loss, as `transformers.Trainer` passes it; default: labelled tokens.
 
@@ -331,7 +336,7 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
                 [predicting],
                 torch.ones_like(predicting[:, :1], dtype=torch.float32),
                 ids[rows, columns],
-                [lambda h, name=name: self.head(name, h)],
+                [partial(self.head, name)],
                 chunk=self.loss_chunk,
             )
             scores.append(perplexity_scores(nll, known, self.config.perplexity_temperature))
@@ -348,7 +353,7 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
             list(rows.values()),
             weights[:, active],
             targets,
-            [lambda hidden, name=name: self.head(name, hidden) for name in rows],
+            [partial(self.head, name) for name in rows],
             space=self.config.fusion_space,
             chunk=self.loss_chunk,
         )

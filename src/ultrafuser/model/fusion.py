@@ -28,8 +28,8 @@ def fuse_logits(
     """One set of logits from n, in fp32.
 
     * ``logits``: `sum_j w_j o_j` (Equation 1).
-    * ``logprobs``: `sum_j w_j log softmax(o_j)`. The weights sum to 1, so this differs from ``logits`` by one constant per
-      token: the distribution is the same, a normalised geometric mean, and the values are comparable across tokens.
+    * ``logprobs``: `sum_j w_j log softmax(o_j)`. The weights sum to 1, so this differs from ``logits`` by one constant
+      per token: the distribution is the same, a normalised geometric mean, and values are comparable across tokens.
     * ``probs``: `log sum_j w_j softmax(o_j)`, the arithmetic mean, as in ordinary ensembles (GaC, co-LLM).
     """
     if space == "probs":

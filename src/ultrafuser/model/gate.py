@@ -10,6 +10,7 @@ Shapes: N specialists, H hidden size (may differ between specialists), ... any l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -40,7 +41,7 @@ class Gate(nn.Module):
         )
         widths = [hidden_size if len(sizes) > 1 else next(iter(sizes)), *[hidden_size] * (num_layers - 1), 1]
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths, widths[1:], strict=False):
+        for width_in, width_out in pairwise(widths):
             layers += [nn.Linear(width_in, width_out), nn.ReLU()]
         self.layers = nn.Sequential(*layers[:-1])  # the score itself is linear
 
@@ -51,8 +52,8 @@ class Gate(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        gate: Any = super()._apply(keep_type, recurse)
-        return gate  # type: ignore[no-any-return]
+        super()._apply(keep_type, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def score(self, hidden: Float[Tensor, "*rows H"], name: str) -> Float[Tensor, "*rows"]:
         """Score one specialist's hidden states."""

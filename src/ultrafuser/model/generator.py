@@ -21,7 +21,7 @@ from ultrafuser.model.build import read_templates
 from ultrafuser.model.fused import FusedForCausalLM
 
 
-class GateRecorder(LogitsProcessor):  # type: ignore[misc]
+class GateRecorder(LogitsProcessor):
     """Collects the gate weights of every step of `generate()`; it changes no score."""
 
     def __init__(self, model: FusedForCausalLM) -> None:
@@ -51,8 +51,10 @@ class FusedGenerator:
     def __init__(self, model: FusedForCausalLM, tokenizer: Any, *, batch_tokens: int = 16384) -> None:
         templates = read_templates(model.config)
         if not templates:
-            raise ModelError("the model has no templates: build it with templates=..., so that it can read conversations")
-        self.model = model.eval()
+            raise ModelError(
+                "the model has no templates: build it with templates=..., so that it can read conversations"
+            )
+        self.model = model.train(False)
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer, templates)
         self.batch_tokens = batch_tokens
@@ -66,7 +68,8 @@ class FusedGenerator:
     @property
     def names(self) -> list[str]:
         """Names of the specialists, in the order of `Completion.gate_weights`."""
-        return self.model.names
+        names: list[str] = self.model.names
+        return names
 
     def inputs(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
         """Arguments of `model.generate()` for conversations that wait for an answer."""
@@ -88,7 +91,8 @@ class FusedGenerator:
     def score(self, conversations: Sequence[Conversation]) -> list[AnswerScore]:
         """Log-probabilities of the assistant messages of each conversation."""
         records = [
-            self.encoder.encode(conversation, id=f"{index:09d}", domain="") for index, conversation in enumerate(conversations)
+            self.encoder.encode(conversation, id=f"{index:09d}", domain="")
+            for index, conversation in enumerate(conversations)
         ]
         scores: list[AnswerScore | None] = [None] * len(records)
         for piece in micro_batches(records, max_columns=self.batch_tokens):
@@ -116,7 +120,12 @@ class FusedGenerator:
         inputs = {k: v.to(self.model.device) for k, v in left_pad(prompts, pad_id=self.encoder.pad_id).items()}
         sampling: dict[str, Any] = {"do_sample": False}
         if params.temperature > 0:
-            sampling = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
+            sampling = {
+                "do_sample": True,
+                "temperature": params.temperature,
+                "top_p": params.top_p,
+                "top_k": params.top_k,
+            }
             if params.seed is not None:
                 torch.manual_seed(params.seed)
         if params.stop:

@@ -24,12 +24,12 @@ Head = Callable[[Tensor], Tensor]
 def fused_nll(
     hiddens: Sequence[Float[Tensor, "M _"]],
     weights: Float[Tensor, "M N"],
-    labels: Int[Tensor, "M"],
+    labels: Int[Tensor, M],
     heads: Sequence[Head],
     *,
     space: FusionSpace | str = "logits",
     chunk: int = 1024,
-) -> Float[Tensor, "M"]:
+) -> Float[Tensor, M]:
     """Negative log-likelihood of each label under the fused distribution, nats.
 
     Args:

@@ -46,7 +46,7 @@ def load_specialist(source: SpecialistConfig, *, name: str, dtype: torch.dtype |
         _forget_quantization(model)
     if source.adapter is not None:
         return _merge_adapter(model, source.adapter, name=name)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def load_tokenizer(source: SpecialistConfig, *, name: str = "tokenizer") -> Any:
@@ -101,7 +101,7 @@ def _merge_adapter(model: PreTrainedModel, adapter: str, *, name: str) -> PreTra
     try:
         return PeftModel.from_pretrained(model, adapter).merge_and_unload()  # type: ignore[no-any-return]
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"specialist {name!r}: the adapter {adapter} does not fit: {_first_line(error)}") from error
+        raise ModelError(f"specialist {name!r}: the adapter {adapter} does not fit: {first_line(error)}") from error
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
@@ -122,8 +122,9 @@ def _explain(source: SpecialistConfig, name: str, error: Exception, what: str = 
         hint = "give a folder with config.json and safetensors weights, or a hub id"
     else:
         hint = "check the spelling and that the hub can be reached, or give a local folder"
-    return f"specialist {name!r}: no {what} could be loaded from {place}: {_first_line(error)}; {hint}"
+    return f"specialist {name!r}: no {what} could be loaded from {place}: {first_line(error)}; {hint}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, cut to one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -69,7 +69,8 @@ def trim_vocabulary(specialists: Mapping[str, PreTrainedModel], *, size: int | N
                 rows[name] - common,
                 common,
             )
-        if int(model.get_input_embeddings().weight.shape[0]) != common or rows[name] != common:
+        embeddings: Any = model.get_input_embeddings()
+        if int(embeddings.weight.shape[0]) != common or rows[name] != common:
             model.resize_token_embeddings(common)
             _forget_dropped_tokens(model, common)
     return common

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ultrafuser.evaluation.intervals import bootstrap_mean_interval, paired_difference_interval, wilson_interval
 from ultrafuser.errors import DataError
+from ultrafuser.evaluation.intervals import bootstrap_mean_interval, paired_difference_interval, wilson_interval
 
 
 @pytest.mark.parametrize(

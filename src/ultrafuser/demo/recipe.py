@@ -36,9 +36,7 @@ BASE = TuneConfig(
 )
 TUNE = BASE.model_copy(update={"records_per_domain": 48, "min_learning_rate_ratio": 0.1})
 TUNE_STEPS = {"text": 100, "code": 60, "math": 100}  # by how hard the domain is
-STAGE1 = StageConfig(
-    steps=60, learning_rate=3e-3, records_per_domain=16, composed_share=COMPOSED_SHARE, warmup_steps=5
-)
+STAGE1 = StageConfig(steps=60, learning_rate=3e-3, records_per_domain=16, composed_share=COMPOSED_SHARE, warmup_steps=5)
 STAGE2 = StageConfig(
     steps=90,
     learning_rate=1e-3,

@@ -170,7 +170,8 @@ def assemble(
     for name, model in models.items():
         fused.specialists[name] = model
     fused.fusion_gate = new_gate(config, seed).to(next(iter(models.values())).device)
-    return fused.train(False)
+    fused.train(False)
+    return fused
 
 
 def new_gate(config: FusedConfig, seed: int) -> Any:

@@ -242,8 +242,8 @@ def _describe_source(model: FusedForCausalLM, part: Mapping[str, Any]) -> dict[s
     name, specialist = part["name"], model.specialists[part["name"]]
     if not part["model"]:
         raise ModelError(
-            f"specialist {name!r} came from no folder or hub id, so a gate cannot refer to it: save the whole model, or "
-            "save the specialist first and build from its folder"
+            f"specialist {name!r} came from no folder or hub id, so a gate cannot refer to it: save the whole model, "
+            "or save the specialist first and build from its folder"
         )
     places = {key: _absolute(part[key]) for key in ("model", "adapter")}
     described = {
@@ -254,8 +254,8 @@ def _describe_source(model: FusedForCausalLM, part: Mapping[str, Any]) -> dict[s
     }
     if state_digest(_load_part(described, model.config)) != described["digest"]:
         raise ModelError(
-            f"specialist {name!r} is no longer what {places['model']} holds (trained since?), so a gate cannot refer to "
-            "it: save the whole model"
+            f"specialist {name!r} is no longer what {places['model']} holds (trained since?), so a gate cannot refer "
+            "to it: save the whole model"
         )
     return described
 

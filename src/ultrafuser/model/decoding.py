@@ -100,9 +100,10 @@ class FusedDecoding:
         else:
             inputs["attention_mask"] = attention_mask
         # Not for a prompt: prompts differ in length, so there is nothing to compile once.
-        if not is_first_iteration and isinstance(past_key_values, FusedCache) and past_key_values.is_compileable:
-            if masks is not None:
-                self._static_masks(inputs, masks, past_key_values, new)
+        one_shape = isinstance(past_key_values, FusedCache) and past_key_values.is_compileable
+        if one_shape and masks is not None and not is_first_iteration:
+            assert isinstance(past_key_values, FusedCache)
+            self._static_masks(inputs, masks, past_key_values, new)
         return inputs
 
     def _static_masks(self, inputs: dict[str, Any], masks: Tensor, cache: FusedCache, new: int) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training_helpers import DOMAINS, TrainingServer, training_server, untimed_metrics, write_ingredients
+from ultrafuser.chat.library import load_template
 from ultrafuser.chat.messages import Message
 from ultrafuser.generation import SamplingParams
 from ultrafuser.model.generator import FusedGenerator
@@ -286,6 +287,12 @@ def test_a_tuned_specialist_is_an_ordinary_model_folder(whole_run: Path):
     assert type(tuned) is type(base)
     assert not torch.equal(tuned.get_output_embeddings().weight, base.get_output_embeddings().weight)
     assert json.loads((specialist / "tuned.json").read_text())["domains"] == ["text"]
+
+
+def test_a_tuned_specialists_tokenizer_carries_the_template_it_was_tuned_in(whole_run: Path):
+    tokenizer = AutoTokenizer.from_pretrained(whole_run / "run" / "specialists" / "text")
+
+    assert tokenizer.chat_template == load_template("ultralm").source
 
 
 @pytest.mark.parametrize(

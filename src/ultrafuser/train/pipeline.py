@@ -5,6 +5,7 @@ Every phase resumes from its newest checkpoint; what is finished is not done aga
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -91,7 +92,7 @@ class Trainer:
         else:
             model = self.build({name: source})
             self.run_stage(f"tune-{name}", model, source.tune, domains=source.tune.domains)
-            self._save_specialist(model.specialists[name], target, source)
+            self._save_specialist(model, target, source)
         return SpecialistConfig(model=str(target), template=source.template)
 
     def build(self, specialists: Mapping[str, SpecialistConfig]) -> FusedForCausalLM:
@@ -137,13 +138,19 @@ class Trainer:
             records, encoder, max_length=self.data.max_length, overlength=self.data.overlength, turns=self.data.turns
         )
 
-    def _save_specialist(self, model: Any, target: Path, source: SpecialistConfig) -> None:
-        """A plain model folder with the settings it was made with: written beside its place, renamed when whole."""
+    def _save_specialist(self, model: FusedForCausalLM, target: Path, source: SpecialistConfig) -> None:
+        """A plain model folder with the settings it was made with: written beside its place, renamed when whole.
+
+        Its tokenizer carries the template it was tuned in, which need not be that of the shared tokenizer.
+        """
         partial = target.with_name(f".{target.name}.partial")
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.chat_template = read_templates(model.config)[0].source
+        specialist: Any = model.specialists[target.name]
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            model.save_pretrained(partial)
-            self.tokenizer.save_pretrained(partial)
+            specialist.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
             (partial / SETTINGS).write_text(json.dumps(self._settings(source), indent=1), encoding="utf-8")
             put_in_place(partial, target)
         except (OSError, SafetensorError) as error:

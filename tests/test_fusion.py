@@ -92,7 +92,7 @@ def test_uniform_weights_are_one_over_n():
 
 
 def test_perplexity_weights_are_inverse_perplexities():
-    """PackLLM's similarity variant: the softmax of minus the mean NLL, at temperature 1 `1 / perplexity` normalised."""
+    """PackLLM's similarity variant: softmax of minus the mean NLL, at temperature 1 `1 / perplexity` normalised."""
     nlls = [torch.rand(1, 5) * 3 for _ in range(2)]
     visible = torch.tensor([[False, True, True, False, True]])
 

@@ -165,7 +165,7 @@ def test_a_specialists_own_tokenizer_gives_its_template(tmp_path):
 
 def test_the_first_token_that_differs_is_named():
     with pytest.raises(
-        VocabularyError, match=r"token 3 is '<\|im_start\|>' for specialist 'a' but '<|im_end|>' for 'b'"
+        VocabularyError, match=r"token 3 is '<\|im_start\|>' for specialist 'a' but '<\|im_end\|>' for 'b'"
     ):
         check_vocabularies({"a": make_tokenizer(), "b": make_tokenizer(swap=("<|im_start|>", "<|im_end|>"))})
 

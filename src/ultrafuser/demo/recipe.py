@@ -23,7 +23,7 @@ DOMAINS = tuple(TEMPLATES)
 ITEMS_PER_DOMAIN = 6000
 TEST_ITEMS = 200
 
-COMPOSED_SHARE = 0.25  # of a fusion batch: chosen on validation data, see docs/results.md
+COMPOSED_SHARE = 0.25  # of a fusion batch: as much as each domain has; other shares are not compared yet
 BETAS = (0.9, 0.95)
 BASE = TuneConfig(
     domains=DOMAINS,

@@ -8,6 +8,7 @@ import httpx
 import numpy as np
 import pytest
 
+from alpaca_eval_glm import CASES, annotations
 from evaluate_helpers import Scripted
 from ultrafuser.chat.messages import Message
 from ultrafuser.errors import ConfigError, ModelError
@@ -226,6 +227,20 @@ def test_length_alone_wins_nothing_once_controlled():
     assert win_rate_at_no_difference(by_merit, deltas) == pytest.approx(0.8, abs=0.03)
     assert win_rate_at_no_difference(by_merit, np.zeros(4000)) == pytest.approx(by_merit.mean(), abs=1e-3)
     assert 0.9 < win_rate_at_no_difference(np.ones(20), deltas[:20]) <= 1.0
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_length_controlled_win_rate_is_that_of_alpaca_eval(name: str):
+    """Its penalty, chosen by cross-validation, sets the win rate of the few items to 50: there, it is left out."""
+    case = CASES[name]
+    deltas, wins = annotations(case)
+
+    found = 100 * win_rate_at_no_difference(np.array(wins), np.array(deltas, dtype=float))
+
+    assert found == pytest.approx(case.unpenalised, abs=0.005)  # liblinear stops early
+    if case.num_items == 805:
+        assert found == pytest.approx(case.minimal, abs=0.01)
+    assert abs(found - 100 * np.mean(wins)) > 0.2  # lengths do matter in all of them
 
 
 def test_a_rate_limit_is_waited_out_as_long_as_asked():

@@ -175,6 +175,28 @@ def test_texts_longer_than_the_context_roll_as_lm_evals_own_model():
         ours.generate_until(asked([chat("far too long for a context of sixteen")]))
 
 
+def test_texts_that_were_rolled_are_never_rolled_again(
+    fused: FusedGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    texts = [request("loglikelihood_rolling", text) for text in ("A text to measure.", "b", "A text to measure.")]
+    told: list[tuple[int, int]] = []
+    with Journal(tmp_path / "j") as journal:
+        lm = GeneratorLM(
+            fused, digest="d", journal=journal, batch_size=1, progress=lambda done, total: told.append((done, total))
+        )
+        first = lm.loglikelihood_rolling(texts)
+        assert len(journal) == 2
+        assert [entry["tokens"] for entry in lm.entries("t")] == [len(lm.tok_encode(r.args[0])) for r in texts[:2]]
+    monkeypatch.setattr(FusedGenerator, "score_continuations", lambda *_: pytest.fail("a text was rolled twice"))
+
+    with Journal(tmp_path / "j") as journal:
+        again = GeneratorLM(fused, digest="d", journal=journal).loglikelihood_rolling(texts)
+
+    assert again == first
+    assert first[0] == first[2] < first[1] < 0
+    assert told == [(0, 2), (1, 2), (2, 2)]
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_answers_do_not_depend_on_batch_size_or_order(fused: FusedGenerator, batch_size: int):
     prompts = [

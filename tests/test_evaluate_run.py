@@ -110,6 +110,34 @@ def test_what_was_answered_is_never_asked_again(tmp_path: Path):
     assert third.asked == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a process can reset its peak on Linux alone")
+def test_memory_is_that_of_the_models_own_answers_and_outlives_the_run(tmp_path: Path):
+    hungry = Scripted(lambda question: str(len(bytearray(1 << 29)) and question), digest="hungry")
+    models = {"hungry": hungry, "modest": Scripted(knows, digest="modest")}
+
+    first, second = (evaluate_models(models, options(tmp_path, "tiny_math")).scores for _ in range(2))
+
+    assert first[0].peak_memory_bytes - first[1].peak_memory_bytes > 1 << 28
+    assert [score.peak_memory_bytes for score in second] == [score.peak_memory_bytes for score in first]
+
+
+def test_no_answer_is_longer_than_asked_for(tmp_path: Path):
+    """Whatever the task allows; under another bound the model is asked anew."""
+    generator = FusedGenerator(make_fused(), make_tokenizer())
+
+    tokens = {}
+    for bound in (3, 5):
+        results = evaluate_models({"m": generator}, options(tmp_path, "tiny_math", max_tokens=bound, limit=4))
+        tokens[bound] = results.scores[0].tokens
+        assert results.scores[0].num_cut == 4
+        assert results.options["max_tokens"] == bound
+        assert f"No answer was longer than {bound} tokens." in results.notes
+
+    assert tokens == {3: 12, 5: 20}
+    with pytest.raises(ConfigError, match="max_tokens is 0"):
+        options(tmp_path, "tiny_math", max_tokens=0)
+
+
 def test_another_model_is_asked_anew(tmp_path: Path):
     evaluate_models({"m": Scripted(knows, digest="one")}, options(tmp_path, "tiny_math"))
     other = Scripted(lambda _: "", digest="other")
@@ -342,6 +370,16 @@ def test_a_generator_without_a_digest_is_refused(tmp_path: Path):
 def test_a_model_that_is_not_there_is_a_clear_error(tmp_path: Path):
     with pytest.raises(ModelError, match="no model can be loaded from"):
         evaluate_models({"m": str(tmp_path / "nothing")}, options(tmp_path, "tiny_math"))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_here_is_one_line_before_anything_is_loaded(tmp_path: Path, device: str):
+    command = ["evaluate", str(tmp_path / "nothing"), "--tasks", "tiny_math", "--device", device]
+
+    result = CliRunner().invoke(app, [*command, "--folder", str(tmp_path / "run")])
+
+    assert isinstance(result.exception, ConfigError)
+    assert f"--device {device!r} cannot be used here: write cpu" in str(result.exception)
 
 
 def test_groups_stand_for_their_tasks():

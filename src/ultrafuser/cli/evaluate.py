@@ -40,6 +40,9 @@ def evaluate(
     specialists: Annotated[bool, typer.Option("--specialists", help="Each specialist alone, too.")] = False,
     samples: Annotated[int, typer.Option(help="Answers to each question of code tasks, for pass@k.", min=1)] = 1,
     temperature: Annotated[float, typer.Option(help="Of these answers; 0 is greedy.", min=0.0)] = 0.0,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="No answer is longer, whatever its task allows.", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of sampled answers.", min=0)] = 0,
     sandbox: Annotated[str, typer.Option(help="How model-written code is locked up.")] = "auto",
     accept_unsandboxed: Annotated[
@@ -76,6 +79,7 @@ def evaluate(
         seed=seed,
         num_samples=samples,
         temperature=temperature,
+        max_tokens=max_tokens,
         specialists=specialists,
         sandbox=sandbox,
         accept_unsandboxed=accept_unsandboxed,

@@ -29,6 +29,7 @@ from ultrafuser.evaluation.questions import (
 )
 from ultrafuser.generation import Generator, SamplingParams
 from ultrafuser.model.generator import FusedGenerator
+from ultrafuser.model.memory import peak_bytes, reset_peak
 
 DEFAULT_MAX_LENGTH = 2048  # of models whose configuration names no context length; lm-eval takes the same
 LEAST = -1e9  # nats; stands for an impossible answer, since JSON has no infinity
@@ -48,6 +49,7 @@ class GeneratorLM(TemplateLM):  # type: ignore[misc]
         journal: Where answers are kept; None keeps them in memory.
         batch_size: Requests between two writes of the journal, and at most in one batch.
         seed: Of sampled answers.
+        max_tokens: No answer is longer, whatever its request allows.
         progress: Told how many of the present requests are answered, of how many.
 
     Raises:
@@ -62,13 +64,14 @@ class GeneratorLM(TemplateLM):  # type: ignore[misc]
         journal: Journal | None = None,
         batch_size: int = 16,
         seed: int = 0,
+        max_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> None:
         super().__init__()
         if journal is not None and not digest:
             raise ConfigError("a journal needs the digest of the model, or it would answer for another one")
         self.generator, self.digest, self.journal = generator, digest, journal
-        self.batch_size, self.seed, self.progress = batch_size, seed, progress
+        self.batch_size, self.seed, self.max_tokens, self.progress = batch_size, seed, max_tokens, progress
         self.num_cut = 0  # contexts of plain text that lost their beginning, being longer than the model reads
         self._answers: dict[str, Entry] = {} if journal is None else journal.entries
         self.used: dict[str, list[str]] = {}  # keys of the answers of each task, in the order of requests
@@ -143,9 +146,11 @@ class GeneratorLM(TemplateLM):  # type: ignore[misc]
         return [(entry["log_prob"], entry["is_greedy"]) for entry in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each text, in windows of the model's context. No task of ours asks; not in the journal."""
+        """Log-probability in nats of each text, in windows of the model's context."""
         del disable_tqdm
-        return [self._rolling(request.args[0]) for request in requests]
+        asked = [self._rolled(_task(request), request.args[0]) for request in requests]
+        self._answer(asked, self._roll)
+        return [float(self._answers[question.key]["log_prob"]) for question in asked]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """An answer to each (context, generation options)."""
@@ -171,8 +176,14 @@ class GeneratorLM(TemplateLM):  # type: ignore[misc]
         key = make_key("score", self.digest, _task(request), context, continuation)
         return Question(key, _task(request), context, len(context) + len(continuation), continuation)
 
+    def _rolled(self, task: str, text: str) -> Question:
+        return Question(make_key("roll", self.digest, task, text), task, text, len(text))
+
     def _generated(self, task: str, context: str, options: dict[str, Any], repeat: int) -> Question:
-        params = self._fitting(context, read_options(options, task), task)
+        params = read_options(options, task)
+        if self.max_tokens is not None:
+            params = replace(params, max_tokens=min(params.max_tokens, self.max_tokens))
+        params = self._fitting(context, params, task)
         drawn = [repeat, self.seed] if params.temperature > 0 else []
         values = [params.max_tokens, params.temperature, params.top_p, params.top_k, list(params.stop)]
         key = make_key("generate", self.digest, task, context, values, drawn)
@@ -199,13 +210,15 @@ class GeneratorLM(TemplateLM):  # type: ignore[misc]
         total = len({question.key for question in asked})
         done = total - len(waiting)
         self._tell(done, total)
+        device = self.generator.model.device if isinstance(self.generator, FusedGenerator) else None
+        reset_peak(device)
         for batch in make_batches(waiting.values(), self.batch_size):
             start = time.perf_counter()
             entries = answer(batch)
-            seconds = (time.perf_counter() - start) / len(batch)
+            cost = {"seconds": (time.perf_counter() - start) / len(batch), "memory_bytes": peak_bytes(device)}
             self._keep(
                 [
-                    (question.key, {"task": question.task, "model": self.digest, **entry, "seconds": seconds})
+                    (question.key, {"task": question.task, "model": self.digest, **entry, **cost})
                     for question, entry in zip(batch, entries, strict=True)
                 ]
             )
@@ -279,11 +292,16 @@ class GeneratorLM(TemplateLM):  # type: ignore[misc]
         self.num_cut += len(prompt) > room
         return prompt[-room:], ids
 
-    def _rolling(self, text: str) -> float:
+    def _roll(self, batch: Sequence[Question]) -> list[Entry]:
+        return [self._roll_one(question.context) for question in batch]
+
+    def _roll_one(self, text: str) -> Entry:
         windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
         pairs = [make_disjoint_window(window) for window in windows]
         prompts = [(tuple(prompt),) * len(self.fused.names) for prompt, _ in pairs]
-        return sum(s.log_prob for s in self.fused.score_continuations(prompts, [tuple(ids) for _, ids in pairs]))
+        scores = self.fused.score_continuations(prompts, [tuple(ids) for _, ids in pairs])
+        log_prob = sum(score.log_prob for score in scores)
+        return {"log_prob": max(log_prob, LEAST), "tokens": sum(len(ids) for _, ids in pairs)}
 
     def _generate(self, batch: Sequence[Question]) -> list[Entry]:
         """All of a batch have the same options; a sampled batch has one prompt, so its seed is the prompt's own."""

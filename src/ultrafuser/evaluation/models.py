@@ -58,7 +58,7 @@ def load_generator(place: str, options: LoadOptions = LoadOptions()) -> Generato
     """Load a model under test.
 
     Raises:
-        ConfigError: An endpoint without a model name, or an unknown dtype.
+        ConfigError: An endpoint without a model name, an unknown dtype, or a device that is not here.
         ModelError: There is no model at the place, or it cannot be loaded.
     """
     if is_endpoint(place):
@@ -116,10 +116,12 @@ def _load_local(place: str, options: LoadOptions) -> Generator:
     import torch
     from transformers import AutoConfig
 
+    from ultrafuser.model.device import choose_device
     from ultrafuser.model.fused import FusedForCausalLM
     from ultrafuser.model.generator import FusedGenerator
     from ultrafuser.model.specialist import load_tokenizer, parse_source
 
+    device = choose_device(options.device, "--device")
     dtype = getattr(torch, options.dtype, None) if options.dtype else None
     if options.dtype and not isinstance(dtype, torch.dtype):
         raise ConfigError(f"no dtype is called {options.dtype!r}; usual ones are float32 and bfloat16")
@@ -134,7 +136,6 @@ def _load_local(place: str, options: LoadOptions) -> Generator:
         source = parse_source(place)
         model = FusedForCausalLM.from_specialists({"model": source}, templates=options.template, dtype=dtype)
         generator = FusedGenerator(model, load_tokenizer(source))
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     generator.model.to(device)
     return generator
 

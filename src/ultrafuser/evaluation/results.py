@@ -70,7 +70,7 @@ class TaskScore(_Frozen):
         tokens: Tokens written, or scored.
         seconds: Time the model took for them, over all runs of this evaluation.
         tokens_per_s: One by the other; None if nothing was answered.
-        peak_memory_bytes: Of the accelerator where there is one, else of the process; at most, over all that it ran.
+        peak_memory_bytes: Most that was held while these answers were made: by tensors on a GPU, else by the process.
     """
 
     model: str

@@ -64,6 +64,7 @@ class EvaluationOptions:
         seed: Of sampled answers.
         num_samples: Answers to each question of a code task, for pass@k.
         temperature: Of these answers; more than one sample needs it above 0.
+        max_tokens: No answer is longer, whatever its task allows.
         specialists: Evaluate each specialist of a fused model alone, too.
         sandbox: How model-written code is locked up; see `ultrafuser.sandbox`.
         judge: Who judges; needed by AlpacaEval and MT-Bench.
@@ -81,6 +82,7 @@ class EvaluationOptions:
     seed: int = 0
     num_samples: int = 1
     temperature: float = 0.0
+    max_tokens: int | None = None
     specialists: bool = False
     sandbox: str = "auto"
     accept_unsandboxed: bool = False
@@ -90,8 +92,9 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         if self.num_samples > 1 and self.temperature <= 0:
             raise ConfigError(f"{self.num_samples} samples need a temperature above 0, or all would be the same")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit is {self.limit}: it must be at least 1")
+        for name, value in (("limit", self.limit), ("max_tokens", self.max_tokens)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}: it must be at least 1")
 
 
 class Watch(Protocol):
@@ -199,7 +202,6 @@ class _Plan:
             if watch is not None:
                 watch(model, task, done, total)
 
-        reset_peak()
         info = TASKS.get(task)
         if info is not None and info.kind == "judge":
             items, entries = self._judge(task, model, generator, digest, journal, tell)
@@ -255,8 +257,16 @@ class _Plan:
     def _lm(self, generator: Generator, digest: str, journal: Journal, tell: Callable[[int, int], None]) -> GeneratorLM:
         from ultrafuser.evaluation.lm import GeneratorLM
 
-        size, seed = self.options.batch_size, self.options.seed
-        return GeneratorLM(generator, digest=digest, journal=journal, batch_size=size, seed=seed, progress=tell)
+        options = self.options
+        return GeneratorLM(
+            generator,
+            digest=digest,
+            journal=journal,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            max_tokens=options.max_tokens,
+            progress=tell,
+        )
 
     def results(
         self, models: Mapping[str, ModelSource], scores: Sequence[TaskScore], items: Sequence[ItemResult]
@@ -274,6 +284,7 @@ class _Plan:
                 "seed": options.seed,
                 "num_samples": options.num_samples,
                 "temperature": options.temperature,
+                "max_tokens": options.max_tokens,
                 "sandbox": options.sandbox,
                 "judge": options.judge.model if options.judge is not None else None,
             },
@@ -289,6 +300,8 @@ class _Plan:
         notes = []
         if self.options.limit is not None:
             notes.append(f"Only the first {self.options.limit} questions of each task were asked.")
+        if self.options.max_tokens is not None:
+            notes.append(f"No answer was longer than {self.options.max_tokens} tokens.")
         if self.options.sandbox == "none":
             notes.append("Model-written code ran without a sandbox: these results prove nothing against cheating.")
         if any(TASKS[task].embedded for task in self.tasks if task in TASKS):
@@ -315,32 +328,8 @@ def score_of(task: str, model: str, items: Sequence[ItemResult], entries: Sequen
         tokens=tokens,
         seconds=seconds,
         tokens_per_s=tokens / seconds if seconds > 0 else None,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=max((int(entry.get("memory_bytes", 0)) for entry in entries), default=0),
     )
-
-
-def reset_peak() -> None:
-    """Begin to measure the accelerator's memory anew; a process's own peak cannot be reset."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory_bytes() -> int:
-    """Most memory held: of the accelerator since `reset_peak`, or of the process since it began."""
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    try:
-        import resource
-    except ImportError:  # not on this system
-        return 0
-    import sys
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _version(package: str) -> str:

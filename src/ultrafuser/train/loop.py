@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,6 +24,7 @@ from ultrafuser.data.compose import compose
 from ultrafuser.data.dataset import truncate
 from ultrafuser.data.sampler import Draw, Sampler
 from ultrafuser.errors import CheckpointError, TrainingError
+from ultrafuser.model.memory import peak_bytes
 from ultrafuser.train.checkpoint import Checkpoint, list_checkpoints, read_newest, write_checkpoint
 from ultrafuser.train.optimizer import NamedAdamW
 from ultrafuser.train.phase import Phase, choose_parameters, hash_phase
@@ -118,7 +117,7 @@ class Loop:
             "learning_rate": rate,
             "tokens": num_tokens,
             "tokens_per_s": num_tokens / seconds,
-            "memory_bytes": _peak_memory(self.device),
+            "memory_bytes": peak_bytes(self.device),
             "seconds": seconds,
         }
 
@@ -200,9 +199,3 @@ class Loop:
 
 def _mix(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

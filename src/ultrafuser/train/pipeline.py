@@ -25,6 +25,7 @@ from ultrafuser.errors import CheckpointError, ConfigError, DataError
 from ultrafuser.files import put_in_place
 from ultrafuser.model.build import read_templates
 from ultrafuser.model.checkpoint import save_fused
+from ultrafuser.model.device import choose_device
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.specialist import load_tokenizer
 from ultrafuser.train.loop import Loop
@@ -51,7 +52,7 @@ class Trainer:
         self.dataset = dataset if dataset is not None else load_dataset(recipe.data)
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
-        self.device = _device(recipe.train.device)
+        self.device = choose_device(recipe.train.device, "train.device")
         first = next(iter(recipe.specialists.values()))
         self.tokenizer: Any = load_tokenizer(SpecialistConfig(model=recipe.tokenizer) if recipe.tokenizer else first)
 
@@ -190,13 +191,6 @@ class Trainer:
             "dtype": self.recipe.dtype,
             "template": Path(source.template).name,
         }
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"train.device {name!r} is no device: write cpu, cuda or cuda:1") from error
 
 
 def train(recipe: Recipe) -> Path:

@@ -67,6 +67,10 @@ def test_every_model_is_made_examined_and_costed(tmp_path: Path):
     assert (one.parameters_trained, three.parameters_trained) == (0, three.parameters_served)
     gate = three.parameters_served - 2 * one.parameters_served
     assert rows["fused:stage1"].parameters_trained == gate
+    made = [row for row in rows.values() if row.parameters_served is not None]
+    assert all(row.peak_bytes > row.weights_bytes > 0 < row.ms_per_token for row in made)  # type: ignore[operator]
+    assert one.train_s == 0
+    assert rows["fused:stage2"].train_s > rows["fused:stage1"].train_s > 0  # type: ignore[operator]
 
 
 def test_a_second_comparison_makes_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -84,6 +88,23 @@ def test_rows_of_another_recipe_are_not_taken_over(tmp_path: Path):
     compare(recipe, limit=3, only=["uniform"])
 
     assert len(list((tmp_path / "run" / "compare" / "rows").iterdir())) == 2
+
+
+def test_other_weights_or_records_under_the_same_names_are_refused(tmp_path: Path):
+    """Their rows, and baselines trained from others, would stand in one table."""
+    recipe = make_recipe(tmp_path)
+    compare(recipe, limit=4, only=["specialist"])
+    make_specialist(7).save_pretrained(tmp_path / "run" / "specialists" / "code")
+
+    with pytest.raises(
+        ConfigError, match=r"^specialist code: not what .*run/compare was made from.*--set output=FOLDER"
+    ):
+        compare(recipe, limit=4, only=["uniform"])
+
+    lines = (tmp_path / "text.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "text.jsonl").write_text("\n".join(lines[:-5]), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"^specialist code, the data: not what"):
+        compare(recipe, limit=4, only=["uniform"])
 
 
 def test_the_stages_are_the_ones_that_train_would_make(tmp_path: Path):
@@ -130,6 +151,11 @@ def test_a_recipe_with_one_stage_has_nothing_to_compare(tmp_path: Path):
         Workshop(make_recipe(tmp_path, stage2=None))
 
 
+def test_a_device_that_is_not_here_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"train.device 'cuda:99' cannot be used here: write cpu"):
+        Workshop(make_recipe(tmp_path, train={"device": "cuda:99"}))
+
+
 def test_a_damaged_row_is_one_line(tmp_path: Path):
     (tmp_path / "row.json").write_text("{", encoding="utf-8")
 
@@ -171,7 +197,7 @@ def test_the_table_sets_the_best_model_of_a_column_in_bold_and_no_choice_with_hi
     ).splitlines()
 
     assert [line for line in lines if "**" in line and line.startswith("| ")] == [
-        "| b | **0.250** | – | 0.00M | – | – | – |"
+        "| b | **0.250** | – | 0.00M | – | – | – | – |"
     ]
 
 
@@ -213,14 +239,19 @@ def test_benchmarks_take_the_place_of_domains(tmp_path: Path):
         exam="benchmarks",
         tasks=["tiny_choice", "tiny_truth"],
         limit=2,
-        only=["specialist:text", "fused:stage1", "routed"],
+        only=["specialist", "fused:stage1", "routed"],
+        max_tokens=8,
     )
 
     rows = rows_of(comparison)
-    for name in ("specialist:text", "fused:stage1", "routed"):
+    for name in ("specialist:text", "specialist:code", "fused:stage1", "routed"):
         assert rows[name].skipped is None
         assert set(rows[name].marks) == {"tiny_choice", "tiny_truth"}
         assert all(mark["n"] and mark["loss"] is None for mark in rows[name].marks.values())
+    # Where answers are written one can choose among them; where given ones are scored there is nothing to choose.
+    assert len(rows["specialist:text"].correct["tiny_choice"]) == 2
+    assert set(rows["selected:oracle"].marks) == set(rows["selected:random"].marks) == {"tiny_choice"}
+    assert set(rows["best specialist"].marks) == {"tiny_choice", "tiny_truth"}
 
 
 def test_judged_tasks_have_no_accuracy_to_compare(tmp_path: Path):

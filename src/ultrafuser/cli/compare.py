@@ -26,6 +26,9 @@ def compare(
     data: Annotated[
         Path | None, typer.Option(help="Folder with the benchmarks' files.", envvar="ULTRAFUSER_DATA")
     ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="No answer to a benchmark is longer, whatever its task allows.", min=1)
+    ] = None,
     reward_model: Annotated[
         str | None, typer.Option(help="Folder or hub id of a reward model, to choose among the specialists' answers.")
     ] = None,
@@ -53,6 +56,7 @@ def compare(
             only=names,
             tasks=[name for name in tasks.split(",") if name] if exam == "benchmarks" else [],
             data=data,
+            max_tokens=max_tokens,
             reward_model=reward_model,
             ask_judge=ask,
             judge_name=judge or "a judge",

@@ -30,6 +30,7 @@ class Row(BaseModel):
     parameters_trained: int | None = None
     parameters_served: int | None = None
     weights_bytes: int | None = None
+    peak_bytes: int | None = None  # most held while it answered the timed questions: by tensors on a GPU, else by all
     train_s: float | None = None  # beyond the specialists, which all share
     ms_per_token: float | None = None  # greedy, one conversation at a time
     skipped: str | None = None  # why this row could not be made

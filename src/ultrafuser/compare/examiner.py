@@ -115,22 +115,30 @@ class BenchmarkExaminer:
         folder: Gets the journal, so that no model answers twice.
         data: Folder with the benchmarks' files.
         limit: Questions of each task.
+        max_tokens: No answer is longer, whatever its task allows.
         questions: What to time answers on.
     """
 
     name = "benchmarks"
 
     def __init__(
-        self, tasks: Sequence[str], folder: Path, *, data: Path | None, limit: int, questions: list[Conversation]
+        self,
+        tasks: Sequence[str],
+        folder: Path,
+        *,
+        data: Path | None,
+        limit: int,
+        max_tokens: int | None = None,
+        questions: list[Conversation],
     ) -> None:
         self.tasks = choose_tasks(tasks)
         if judged := [task for task in self.tasks if TASKS[task].kind == "judge"]:
             raise ConfigError(f"{judged[0]} is judged, which has no accuracy: run `ultrafuser evaluate` on it")
-        self.options = EvaluationOptions(tasks=self.tasks, folder=folder, data=data, limit=limit)
+        self.options = EvaluationOptions(tasks=self.tasks, folder=folder, data=data, limit=limit, max_tokens=max_tokens)
         self.asked = questions
 
     def examine(self, generator: Generator) -> Marks:
-        """Headline metric of each task, and what was right, item by item."""
+        """Headline metric of each task, and which answers are right where answers are written."""
         results = evaluate_models({"model": generator}, self.options)
         marks: dict[str, dict[str, float | int | None]] = {}
         for score in results.scores:
@@ -142,7 +150,13 @@ class BenchmarkExaminer:
                 "accuracy_high": headline.high,
                 "n": headline.n,
             }
-        return marks, {}
+        correct = {}
+        for task in self.tasks:
+            items = [item for item in results.items if item.task == task]
+            # An item of several judgements, as in truthfulqa_answer, is neither right nor wrong.
+            if TASKS[task].kind != "scores" and not any(item.weights for item in items):
+                correct[task] = [item.values[TASKS[task].headline] == 1.0 for item in items]
+        return marks, correct
 
     def examine_answers(self, generator: Generator) -> Marks:
         """The same, where no task scores given answers."""

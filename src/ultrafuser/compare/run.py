@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from ultrafuser.chat.messages import Conversation
 from ultrafuser.compare.comparison import Comparison, Row, read_row, write_row
 from ultrafuser.compare.examiner import BenchmarkExaminer, DemoExaminer, Examiner, HeldOutExaminer, share
+from ultrafuser.compare.ingredients import check_ingredients
 from ultrafuser.compare.table import COST_COLUMNS, markdown_table
 from ultrafuser.compare.workshop import Plan, Workshop
 from ultrafuser.config.recipe import Recipe
@@ -31,6 +32,7 @@ from ultrafuser.evaluation.provenance import hardware, versions
 from ultrafuser.files import write_text_atomically
 from ultrafuser.generation import Generator, SamplingParams
 from ultrafuser.model.fused import FusedForCausalLM
+from ultrafuser.model.memory import peak_bytes, reset_peak
 
 TIMED_TOKENS = 32
 
@@ -43,6 +45,7 @@ def compare(
     only: Sequence[str] = (),
     tasks: Sequence[str] = (),
     data: Path | None = None,
+    max_tokens: int | None = None,
     reward_model: str | None = None,
     ask_judge: Callable[[Sequence[str]], list[str]] | None = None,
     judge_name: str = "a judge",
@@ -56,20 +59,23 @@ def compare(
         only: Names of rows, or their first part ("further-tuned"); empty: all.
         tasks: Names of tasks and groups, for "benchmarks".
         data: Folder with the benchmarks' files.
+        max_tokens: No answer to a benchmark is longer, whatever its task allows.
         reward_model: Folder or hub id of a reward model, for selection among the specialists' answers.
         ask_judge: Prompts to replies of a judge, for the same.
         judge_name: Who that is; another judge gets a new row.
 
     Raises:
-        ConfigError: The recipe has nothing to compare, or a name of `only` is unknown.
+        ConfigError: The recipe has nothing to compare, a name of `only` is unknown, or the folder holds a comparison
+            of other ingredients.
     """
     workshop = Workshop(recipe, reward_model=reward_model, ask_judge=ask_judge, judge_name=judge_name)
-    examiner = _examiner(workshop, exam, limit, tasks, data)
+    examiner = _examiner(workshop, exam, limit, tasks, data, max_tokens)
     transformers_logging.disable_progress_bar()  # dozens of small models are loaded
     console = Console(stderr=True, highlight=False)
     plans = list(workshop.plans())
     wanted = _chosen([plan.name for plan in plans], only)
-    folder = workshop.folder / "rows" / _fingerprint(recipe, exam, limit, *tasks)
+    check_ingredients(workshop.folder, workshop.ingredients, workshop.trainer.dataset)
+    folder = workshop.folder / "rows" / _fingerprint(recipe, exam, limit, *tasks, *([max_tokens] if max_tokens else []))
     rows = []
     for number, plan in enumerate(plans, start=1):
         if plan.name not in wanted:
@@ -102,7 +108,9 @@ def _row(plan: Plan, workshop: Workshop, examiner: Examiner) -> Row:
         marks, correct = (examiner.examine if made.has_distribution else examiner.examine_answers)(made.generator)
     except (ConfigError, ModelError) as error:
         return Row(name=plan.name, what=plan.what, skipped=str(error))
-    served = _served(made.model)
+    served, device = _served(made.model), made.model.device
+    reset_peak(device)
+    ms_per_token = _time_tokens(made.generator, examiner.questions())
     row = Row(
         name=plan.name,
         what=plan.what,
@@ -111,8 +119,9 @@ def _row(plan: Plan, workshop: Workshop, examiner: Examiner) -> Row:
         parameters_trained=sum(p.numel() for p in served if p.requires_grad) if made.phases else 0,
         parameters_served=sum(p.numel() for p in served),
         weights_bytes=sum(p.numel() * p.element_size() for p in served),
+        peak_bytes=peak_bytes(device),
         train_s=workshop.train_seconds(made.phases),
-        ms_per_token=_time_tokens(made.generator, examiner.questions()),
+        ms_per_token=ms_per_token,
     )
     del made
     gc.collect()
@@ -144,7 +153,8 @@ def _selected(rows: Sequence[Row]) -> list[Row]:
     best = {d: min((row.marks[d] for row in specialists), key=_badness) for d in domains}
     selected = [Row(name="best specialist", what="chosen for each domain with hindsight", marks=best)]
     if specialists[0].correct:
-        answers = {d: list(zip(*(row.correct[d] for row in specialists), strict=True)) for d in domains}
+        # Where given answers are scored, nobody chooses among written ones.
+        answers = {d: list(zip(*(row.correct[d] for row in specialists), strict=True)) for d in specialists[0].correct}
         oracle = {d: [any(right) for right in items] for d, items in answers.items()}
         random = {d: share(sum(map(sum, items)) / len(specialists), len(items)) for d, items in answers.items()}
         selected += [
@@ -165,7 +175,9 @@ def _badness(mark: Mapping[str, float | int | None]) -> float:
     return loss if loss is not None else 1.0 - (accuracy or 0.0)
 
 
-def _examiner(workshop: Workshop, exam: str, limit: int, tasks: Sequence[str], data: Path | None) -> Examiner:
+def _examiner(
+    workshop: Workshop, exam: str, limit: int, tasks: Sequence[str], data: Path | None, max_tokens: int | None
+) -> Examiner:
     makers: Mapping[str, Callable[[], Examiner]] = {
         "held-out": lambda: HeldOutExaminer(workshop.trainer.dataset, limit=limit),
         "demo": lambda: DemoExaminer(
@@ -176,6 +188,7 @@ def _examiner(workshop: Workshop, exam: str, limit: int, tasks: Sequence[str], d
             workshop.folder / "evaluation",
             data=data,
             limit=limit,
+            max_tokens=max_tokens,
             questions=HeldOutExaminer(workshop.trainer.dataset, limit=2).questions(),
         ),
     }

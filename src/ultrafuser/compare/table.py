@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ultrafuser.compare.comparison import Comparison, Row
 
 NONE = "–"
-COST_COLUMNS = ("trained", "served", "training, s", "ms/token", "weights, MB")
+COST_COLUMNS = ("trained", "served", "training, s", "ms/token", "weights, MB", "peak, MB")
 
 
 def markdown_table(comparison: Comparison) -> str:
@@ -26,7 +26,9 @@ def markdown_table(comparison: Comparison) -> str:
         [
             *lines,
             "",
-            "Loss in nats per response token / accuracy in percent; the best of each column in bold.",
+            "Loss in nats per response token / accuracy in percent; the best of each column in bold. Trained, served: "
+            "parameters. ms/token: greedy, one conversation at a time. Peak: the most memory held meanwhile, by tensors "
+            "on a GPU, else by the whole process, torch and the data included.",
             "",
             *notes,
         ]
@@ -62,6 +64,7 @@ def _cost(row: Row) -> list[str]:
         NONE if row.train_s is None else f"{row.train_s:.0f}",
         NONE if row.ms_per_token is None else f"{row.ms_per_token:.1f}",
         NONE if row.weights_bytes is None else f"{row.weights_bytes / 1e6:.1f}",
+        NONE if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
     ]
 
 

@@ -108,6 +108,12 @@ class Workshop:
         return {name: self.trainer.tuned_specialist(name) for name in self.recipe.specialists}
 
     @property
+    def ingredients(self) -> dict[str, SpecialistConfig]:
+        """All that the models are made from: the specialists, and what they were tuned from."""
+        bases = {f"the base of {n}": source for n, source in self.recipe.specialists.items() if source.tune is not None}
+        return {f"specialist {name}": source for name, source in self.specialists.items()} | bases
+
+    @property
     def budget(self) -> StageConfig:
         """A stage as long as both stages of the fusion together."""
         return self.stage2.model_copy(update={"steps": self.stage1.steps + self.stage2.steps, "gate_entropy": 0.0})

@@ -27,8 +27,8 @@ def markdown_table(comparison: Comparison) -> str:
             *lines,
             "",
             "Loss in nats per response token / accuracy in percent; the best of each column in bold. Trained, served: "
-            "parameters. ms/token: greedy, one conversation at a time. Peak: the most memory held meanwhile, by tensors "
-            "on a GPU, else by the whole process, torch and the data included.",
+            "parameters. ms/token: greedy, one conversation at a time. Peak: the most memory held meanwhile, by "
+            "tensors on a GPU, else by the whole process, torch and the data included.",
             "",
             *notes,
         ]

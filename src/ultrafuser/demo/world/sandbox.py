@@ -2,6 +2,11 @@
 
 The child forks once per function, so one that hangs, eats memory or dies loses only itself. What a function may be
 made of is checked before it runs (`sandbox_child.py`); the operating system's limits stand behind that.
+
+Why not `ultrafuser.sandbox`: the demo must run on macOS, too, in containers that allow no lock, and without the extra
+`eval` that brings libseccomp. There that sandbox refuses, as it must for benchmarks, whose answers may be any code. The
+demo's questions need a few dozen methods and builtins, so a list of what is allowed holds them all: what a model writes
+beyond it is wrong anyway, and never runs.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ LAYERS: list[set[str]] = [
     {"chat", "files"},
     {"generation", "config", "alignment", "sandbox"},
     {"data", "model"},
-    {"train", "evaluation", "analysis", "baselines", "doctor"},
-    {"demo"},
+    {"train", "evaluation", "analysis", "baselines", "doctor", "engine"},
+    {"demo", "server"},
     {"compare"},
     {"cli"},
 ]

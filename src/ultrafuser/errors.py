@@ -8,7 +8,9 @@
     ├── ModelError         a model cannot be loaded, built or saved
     ├── CheckpointError    a checkpoint is missing, damaged or cannot be written
     ├── TrainingError      training cannot go on (a loss that is not finite, say)
-    └── SandboxError       model-written code cannot be run safely here
+    ├── SandboxError       model-written code cannot be run safely here
+    ├── RequestError       a request that the engine can never serve
+    └── BusyError          a request that the engine cannot take now, and may take later
 
 The message says what is wrong, with which value, and what to do. The command line shows it as one line; a
 bug, which is any other exception, keeps its traceback.
@@ -53,3 +55,11 @@ class SandboxError(UltrafuserError):
     """Model-written code cannot be run safely here; the message says what failed and how to mend it."""
 
     exit_code = 3  # not the 1 of a failed check: nothing was examined
+
+
+class RequestError(UltrafuserError):
+    """A request that the engine can never serve, whoever asks and when."""
+
+
+class BusyError(UltrafuserError):
+    """A request that the engine cannot take now: its queue is full, or it is shutting down."""

@@ -21,8 +21,19 @@ class SamplingParams:
     temperature: float = 0.0  # 0 takes the most likely token
     top_p: float = 1.0
     top_k: int = 0  # 0 keeps all
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()  # not part of the answer
     seed: int | None = None
+    # The engine alone knows the following.
+    min_p: float = 0.0  # drops tokens less likely than this share of the most likely one
+    presence_penalty: float = 0.0  # off the logit of every token that the response has
+    frequency_penalty: float = 0.0  # off the logit, for each time that the response has the token
+    repetition_penalty: float = 1.0  # divides (multiplies, if negative) logits of tokens of prompt and response
+    logit_bias: tuple[tuple[int, float], ...] = ()  # added to the logits of these ids
+    stop_token_ids: tuple[int, ...] = ()  # end a response like the end token
+    min_tokens: int = 0  # before that many the end and stop tokens are impossible
+    ignore_end: bool = False  # go on after end tokens, to `max_tokens`
+    log_probs: int | None = None  # that many likely alternatives at every token; 0: the token's own alone
+    n: int = 1  # choices, each with a seed of its own
 
 
 @dataclass(frozen=True, slots=True)

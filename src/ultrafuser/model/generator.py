@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 from ultrafuser.alignment.collate import IGNORED, collate, left_pad, micro_batches
 from ultrafuser.alignment.encode import Encoder, Ids
 from ultrafuser.chat.messages import Conversation
-from ultrafuser.errors import ModelError
+from ultrafuser.errors import ConfigError, ModelError
 from ultrafuser.generation import AnswerScore, Completion, SamplingParams
 from ultrafuser.model.build import read_templates
 from ultrafuser.model.fused import FusedForCausalLM
@@ -111,6 +112,7 @@ class FusedGenerator:
         return self._complete([(tuple(prompt),) * len(self.names) for prompt in prompts], params)
 
     def _complete(self, prompts: Sequence[Sequence[Ids]], params: SamplingParams) -> list[Completion]:
+        _refuse_engine_params(params)
         if params.temperature > 0 and params.seed is not None:
             torch.manual_seed(params.seed)  # once: a seed for each batch would draw the same answers in all of them
         order = sorted(range(len(prompts)), key=lambda i: max(len(row) for row in prompts[i]))
@@ -258,3 +260,13 @@ class FusedGenerator:
 
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+_OWN_PARAMS = frozenset({"max_tokens", "temperature", "top_p", "top_k", "stop", "seed"})
+
+
+def _refuse_engine_params(params: SamplingParams) -> None:
+    """Refuse, and do not ignore, what only the engine can do."""
+    for field in fields(params):
+        if field.name not in _OWN_PARAMS and getattr(params, field.name) != field.default:
+            raise ConfigError(f"{field.name} is known to the engine alone: use EngineGenerator")

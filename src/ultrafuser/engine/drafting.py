@@ -1,0 +1,50 @@
+"""Running one view ahead of the others: how a specialist or a small model writes a draft.
+
+Shapes: H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ultrafuser.engine.choice import Choice
+from ultrafuser.engine.runner import Feed, Runner
+
+
+def run_ahead(
+    runner: Runner, choices: Sequence[Choice], views: Sequence[int], length: int
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Let one view of each choice write `length` tokens by itself.
+
+    Its cache then holds the draft but its last token; what the choice has seen is left as it was, so a draft that is
+    thrown away costs nothing more.
+
+    Args:
+        runner: The model.
+        choices: In the order of their slots.
+        views: Who writes, for each choice.
+        length: Tokens, at least one.
+
+    Returns:
+        For each choice its draft, and the hidden states [length, H] from which it was written.
+    """
+    drafts: list[list[int]] = [[] for _ in choices]
+    hidden: list[list[Tensor]] = [[] for _ in choices]
+    for step in range(length):
+        for view in sorted(set(views)):
+            mine = [i for i, own in enumerate(views) if own == view]
+            tokens = [list(choices[i].pending(view)) if step == 0 else drafts[i][-1:] for i in mine]
+            starts = [
+                choices[i].seen[view] + (0 if step == 0 else len(choices[i].pending(view)) + step - 1) for i in mine
+            ]
+            states = runner.hidden({view: Feed([choices[i].slot for i in mine], starts, tokens)})[view]
+            last = torch.stack([states[row, len(t) - 1] for row, t in enumerate(tokens)])
+            logits = runner.logits(view, last)
+            for row, i in enumerate(mine):
+                hidden[i].append(last[row])
+                token = choices[i].sampler.pick(logits[row], [*choices[i].response, *drafts[i]])
+                drafts[i].append(token)
+    return drafts, [torch.stack(states) for states in hidden]

@@ -1,0 +1,216 @@
+"""Speculation: who drafts, how far, and what a draft has to earn.
+
+A draft is a guess at the next tokens. All specialists read it in one pass and the fused model chooses its own token at
+every position, as it would have without; the guess is kept as far as it agrees. So a draft changes speed, nothing else.
+
+Who drafts: the specialist with the largest weight at the last token (`self`), which runs ahead alone and is then joined
+by the others; the text itself (`lookup`): what followed when the same tokens stood there before; or a small `model`.
+
+How far is decided before every block from what was measured: how often guesses of that kind agreed lately for this
+choice, and what passes of that many rows cost. A guess that does not pay is not made, and is tried again now and then.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from ultrafuser.engine.requests import Ids
+
+DraftKind = Literal["self", "lookup", "model"]
+LENGTHS = (2, 3, 4, 6, 8)
+_KEEP = 0.9  # of an average at every observation: some ten blocks back
+_FIRST_RETRY, _LAST_RETRY = 16, 256  # tokens until a kind that did not pay is tried again
+_GAIN = 1.05  # what a draft must promise before it is made
+
+
+class Plan(NamedTuple):
+    """What to draft in the next block; `length` 0 is plain decoding."""
+
+    kind: DraftKind | None
+    length: int
+
+
+PLAIN = Plan(None, 0)
+
+
+class Lookup:
+    """Finds where the last few tokens stood before.
+
+    Args:
+        text: What there is at first.
+        sizes: Numbers of tokens that must agree, the largest first.
+    """
+
+    def __init__(self, text: Sequence[int], sizes: Sequence[int] = (4, 3, 2)) -> None:
+        self.text = list(text)
+        self.sizes = tuple(sizes)
+        self._after: dict[Ids, int] = {}  # tokens -> where the text went on the last time
+        self._indexed = 0
+        self._index()
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """More text."""
+        self.text.extend(tokens)
+        self._index()
+
+    def draft(self, length: int) -> list[int]:
+        """What followed the last tokens when they stood there before, at most `length` tokens."""
+        for size in self.sizes:
+            if len(self.text) > size and (at := self._after.get(tuple(self.text[-size:]))):
+                return self.text[at : at + length]
+        return []
+
+    def _index(self) -> None:
+        # An end of the text is indexed when something follows it, so that it never finds itself.
+        for stop in range(max(self._indexed, 1), len(self.text)):
+            for size in self.sizes:
+                if stop >= size:
+                    self._after[tuple(self.text[stop - size : stop])] = stop
+        self._indexed = len(self.text)
+
+
+@dataclass(slots=True)
+class _Record:
+    """How guesses of one kind fared for one choice."""
+
+    agreed: float = 3.0
+    tried: float = 4.0  # so a kind starts as one of which three in four agree
+    retry_after: int = _FIRST_RETRY
+    tokens_without: int = 0
+
+    @property
+    def rate(self) -> float:
+        return min(self.agreed / self.tried, 0.99)
+
+    def observe(self, agreed: int, tried: int) -> None:
+        self.agreed = self.agreed * _KEEP + agreed
+        self.tried = self.tried * _KEEP + tried
+
+
+class DraftHistory:
+    """What is remembered of the drafts of one choice."""
+
+    def __init__(self) -> None:
+        self.records: dict[DraftKind, _Record] = defaultdict(_Record)
+
+    def observe(self, plan: Plan, agreed: int, length: int) -> None:
+        """A block was read: of `length` guesses the first `agreed` were right."""
+        assert plan.kind is not None
+        record = self.records[plan.kind]
+        record.observe(agreed, min(agreed + 1, length))
+        record.tokens_without = 0
+
+    def pass_over(self, kinds: Iterable[DraftKind]) -> None:
+        """A token was decoded without a guess of these kinds."""
+        for kind in kinds:
+            self.records[kind].tokens_without += 1
+
+
+@dataclass(slots=True)
+class Costs:
+    """Running averages of what passes take, in seconds."""
+
+    passes: dict[tuple[int, int], float] = field(default_factory=dict)  # by choices and rows of each
+    feeds: dict[tuple[DraftKind, int], float] = field(
+        default_factory=dict
+    )  # one token of drafting, by kind and choices
+
+    def observe_pass(self, num_choices: int, rows: int, seconds: float) -> None:
+        """All specialists read `rows` tokens of each choice."""
+        _average(self.passes, (num_choices, rows), seconds)
+
+    def observe_feed(self, kind: DraftKind, num_choices: int, seconds: float) -> None:
+        """A drafter read one token of each choice."""
+        _average(self.feeds, (kind, num_choices), seconds)
+
+    def of_pass(self, num_choices: int, rows: int) -> float | None:
+        """What a pass takes: as measured, or as the nearest one measured and a tenth of one row for every row more."""
+        if (known := self.passes.get((num_choices, rows))) is not None:
+            return known
+        one = self.passes.get((num_choices, 1))
+        if one is None:
+            return None
+        known_rows = [r for b, r in self.passes if b == num_choices and r < rows]
+        nearest = max(known_rows)
+        return self.passes[num_choices, nearest] + 0.1 * one * (rows - nearest)
+
+
+class Planner:
+    """Decides about drafts.
+
+    Args:
+        kinds: Those allowed, in order of preference where they promise the same.
+        num_specialists: N.
+        max_choices: With more choices in the batch nothing is drafted: their rows cost what a draft would save.
+    """
+
+    def __init__(self, kinds: Sequence[DraftKind], *, num_specialists: int, max_choices: int) -> None:
+        self.kinds = tuple(kinds)
+        self.num_specialists = num_specialists
+        self.max_choices = max_choices
+        self.costs = Costs()
+
+    def plan(self, num_choices: int, histories: Sequence[DraftHistory], possible: dict[DraftKind, int]) -> Plan:
+        """The block that promises the most tokens per second.
+
+        Args:
+            num_choices: In the batch.
+            histories: Of these choices.
+            possible: Longest draft of each kind that can be made now; kinds that cannot are missing.
+        """
+        one = self.costs.of_pass(num_choices, 1)
+        if not possible or num_choices > self.max_choices or one is None:
+            return PLAIN
+        best, best_speed = PLAIN, _GAIN / one
+        for kind in self.kinds:
+            records = [history.records[kind] for history in histories]
+            rate = sum(record.rate for record in records) / len(records)
+            for length in LENGTHS:
+                if length > possible.get(kind, 0):
+                    continue
+                speed = _expected(rate, length, bonus=kind != "self") / self._seconds(kind, num_choices, length, one)
+                if speed > best_speed:
+                    best, best_speed = Plan(kind, length), speed
+        if best.kind is None:
+            return self._retry(histories, possible)
+        for history in histories:
+            history.records[best.kind].retry_after = _FIRST_RETRY
+        return best
+
+    def _retry(self, histories: Sequence[DraftHistory], possible: dict[DraftKind, int]) -> Plan:
+        for kind in self.kinds:
+            records = [history.records[kind] for history in histories]
+            if possible.get(kind, 0) >= LENGTHS[0] and all(r.tokens_without >= r.retry_after for r in records):
+                for record in records:
+                    record.retry_after = min(2 * record.retry_after, _LAST_RETRY)
+                return Plan(kind, LENGTHS[0])
+        return PLAIN
+
+    def _seconds(self, kind: DraftKind, num_choices: int, length: int, one: float) -> float:
+        if kind == "lookup":
+            whole = self.costs.of_pass(num_choices, length + 1)
+            assert whole is not None, "a pass of one row was measured"
+            return whole
+        rows = length if kind == "self" else length + 1
+        whole = self.costs.of_pass(num_choices, rows)
+        assert whole is not None
+        feed = self.costs.feeds.get((kind, num_choices), one / self.num_specialists)
+        if kind == "self":  # the drafter has read the block already
+            whole *= (self.num_specialists - 1) / self.num_specialists
+        return whole + length * feed
+
+
+def _expected(rate: float, length: int, *, bonus: bool) -> float:
+    """Tokens of a block whose guesses agree at this rate; `bonus`: one more follows the last guess."""
+    return float(sum(rate**i for i in range(length + bonus)))
+
+
+def _average(
+    values: dict[tuple[int, int], float] | dict[tuple[DraftKind, int], float], key: object, new: float
+) -> None:
+    old = values.get(key)  # type: ignore[call-overload]
+    # A pass that was held up by something else counts little.
+    values[key] = new if old is None else 0.8 * old + 0.2 * min(new, 2 * old)  # type: ignore[index]

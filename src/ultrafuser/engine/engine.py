@@ -1,0 +1,376 @@
+"""Engine: requests join and leave a running batch over the caches of n specialists.
+
+The synchronous core: `add` takes a request, `step` does one round of work, events go to listeners. One
+thread at a time. A round reads a chunk of the first waiting prompt and decodes one block of every running choice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ultrafuser.alignment.encode import Encoder
+from ultrafuser.engine.check import check_request
+from ultrafuser.engine.choice import Choice, State, fixed_weights
+from ultrafuser.engine.decoding import NOT_A_NUMBER, Advance, Block, decode, token_log_probs
+from ultrafuser.engine.detokenize import Detokenizer
+from ultrafuser.engine.drafting import run_ahead
+from ultrafuser.engine.drafts import PLAIN, DraftHistory, DraftKind, Lookup, Plan, Planner
+from ultrafuser.engine.memory import fit_slots
+from ultrafuser.engine.prefill import first_logits, first_weights, has_read_prompt, read_chunk
+from ultrafuser.engine.requests import EngineStats, GenerationRequest, Listener
+from ultrafuser.engine.runner import Runner, RunnerKind
+from ultrafuser.engine.sampling import Sampler
+from ultrafuser.engine.weights import WeightFormat
+from ultrafuser.errors import ModelError, RequestError
+from ultrafuser.model.build import read_templates
+from ultrafuser.model.fused import FusedForCausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How an engine works.
+
+    Attributes:
+        max_context: Tokens of the longest view; 0 takes what the specialists were made for, 4096 at most.
+        max_choices: Choices that run at once, fewer where memory is short.
+        cache_bytes: Memory for caches, at most; 0 takes half of what is free.
+        chunk: Tokens of a prompt that are read in one round.
+        runner: Specialists in a stack, one after another, or whatever is faster.
+        weights: Their format; "exact" gives the model's own tokens.
+        drafts: Kinds of speculation; none to decode plainly.
+        max_draft_choices: With more choices in the batch nothing is drafted.
+    """
+
+    max_context: int = 0
+    max_choices: int = 16
+    cache_bytes: int = 0
+    chunk: int = 256
+    runner: RunnerKind = "auto"
+    weights: WeightFormat = "exact"
+    drafts: tuple[DraftKind, ...] = ("lookup", "self")
+    max_draft_choices: int = 2
+
+
+@dataclass(slots=True)
+class _Counters:
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    steps: int = 0
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What the engine remembers of a running choice besides the choice itself."""
+
+    history: DraftHistory = field(default_factory=DraftHistory)
+    lookup: Lookup | None = None
+    siblings: list[Choice] = field(default_factory=list)  # choices that wait for this one to read their prompt
+
+
+class Engine:
+    """Answers requests with a fused model.
+
+    Args:
+        model: Built with templates. With exact weights it goes on working beside the engine.
+        tokenizer: The shared tokenizer.
+        options: How.
+        draft: A small model of the same vocabulary, for drafts of kind "model"; it reads the first specialist's view.
+
+    Raises:
+        ConfigError: Options that these specialists do not allow.
+        ModelError: An architecture that the engine cannot run, no templates, or too little memory.
+    """
+
+    def __init__(
+        self,
+        model: FusedForCausalLM,
+        tokenizer: Any,
+        options: EngineOptions = EngineOptions(),
+        *,
+        draft: PreTrainedModel | None = None,
+    ) -> None:
+        templates = read_templates(model.config)
+        if not templates:
+            raise ModelError("the model has no templates: build it with templates=..., so that it can be asked")
+        self.model, self.tokenizer, self.options = model.train(False), tokenizer, options
+        self.encoder = Encoder(tokenizer, templates)
+        self.names: list[str] = list(model.names)
+        self.has_draft_model = draft is not None
+        self.max_context, num_slots = fit_slots(model, options, draft=draft)
+        self.runner = Runner(
+            model,
+            num_slots=num_slots,
+            max_context=self.max_context,
+            margin=16,
+            kind=options.runner,
+            form=options.weights,
+            draft=draft,
+        )
+        self.num_slots = num_slots
+        kinds = tuple(kind for kind in options.drafts if kind != "model" or draft is not None)
+        if len(self.names) == 1:  # one specialist cannot run ahead of itself
+            kinds = tuple(kind for kind in kinds if kind != "self")
+        self.planner = Planner(kinds, num_specialists=len(self.names), max_choices=options.max_draft_choices)
+        ends = model.generation_config.eos_token_id
+        self.end_ids = frozenset([self.encoder.end_id, *(ends if isinstance(ends, list) else [ends] if ends else [])])
+        self.vocab_size = int(model.config.vocab_size)
+        # Choices by slot: those that decode first, then those whose prompt is being read or waits to be.
+        self._running: list[Choice] = []
+        self._waiting: deque[list[Choice]] = deque()
+        self._memory: dict[int, _Memory] = {}
+        self._counters = _Counters()
+        self._numbers = itertools.count()
+
+    @property
+    def num_waiting(self) -> int:
+        """Choices that have no slot yet."""
+        return sum(len(group) for group in self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._running or self._waiting)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Refuse what can never be served; any thread may ask.
+
+        Raises:
+            RequestError: Says what is wrong.
+        """
+        check_request(request, names=self.names, max_context=self.max_context, vocab_size=self.vocab_size)
+        if request.params.n > self.num_slots:
+            raise RequestError(f"n is {request.params.n}; this engine can run {self.num_slots} choices at once")
+
+    def add(self, request: GenerationRequest, listener: Listener) -> list[Choice]:
+        """Queue a request.
+
+        Returns:
+            Its choices; set `cancelled` on them to stop them.
+
+        Raises:
+            RequestError: It can never be served.
+        """
+        self.check(request)
+        longest = max(request.prompts, key=len)
+        weights, active = fixed_weights(self.names, request)
+        if self.model.config.solo:
+            active = [name == self.model.config.solo for name in self.names]
+        rows = [*request.prompts, *([request.prompts[0]] if self.has_draft_model else [])]
+        limit = min(request.params.max_tokens, self.max_context - len(longest))
+        choices = [
+            Choice(
+                request,
+                number,
+                rows=rows,
+                weights=weights,
+                active=active,
+                sampler=Sampler(request.params, choice=number, prompt=longest, ends=self.end_ids),
+                detokenizer=Detokenizer(self.tokenizer),
+                listener=listener,
+                ends=self.end_ids,
+                max_tokens=limit,
+            )
+            for number in range(request.params.n)
+        ]
+        self._waiting.append(choices)
+        self._counters.prompt_tokens += len(longest)
+        return choices
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """One round of work.
+
+        Returns:
+            Whether anything is left to do.
+        """
+        self._drop_cancelled()
+        self._admit()
+        reading = next((choice for choice in self._running if choice.state is State.PREFILL), None)
+        if reading is not None:
+            self._read(reading)
+        if decoding := self._decoding():
+            self._decode(decoding)
+        return self.has_work
+
+    def fail_all(self, error: str) -> None:
+        """End everything with an error and forget it."""
+        for choice in [*self._running, *itertools.chain.from_iterable(self._waiting)]:
+            choice.state = State.FINISHED
+            choice.emit((), "error", error)
+        self._running.clear()
+        self._waiting.clear()
+        self._memory.clear()
+
+    def stats(self) -> EngineStats:
+        """Figures of now."""
+        c = self._counters
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=self.num_waiting,
+            num_slots=self.num_slots,
+            cached_tokens=sum(choice.longest_view for choice in self._running),
+            prompt_tokens=c.prompt_tokens,
+            generated_tokens=c.generated_tokens,
+            drafted_tokens=c.drafted_tokens,
+            accepted_tokens=c.accepted_tokens,
+            steps=c.steps,
+        )
+
+    def _decoding(self) -> list[Choice]:
+        return [choice for choice in self._running if choice.state is State.DECODE]
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) + len(self._waiting[0]) <= self.num_slots:
+            first, *siblings = self._waiting.popleft()
+            for choice in (first, *siblings):
+                choice.slot = len(self._running)
+                self._running.append(choice)
+                self._memory[id(choice)] = _Memory()
+            first.state = State.PREFILL
+            self._memory[id(first)].siblings = siblings
+
+    def _drop_cancelled(self) -> None:
+        for group in list(self._waiting):
+            if any(choice.cancelled for choice in group):
+                self._waiting.remove(group)
+                for choice in group:
+                    self._finish(choice, Advance([], "cancelled", 0))
+        for choice in list(self._running):
+            if choice.cancelled and choice in self._running:
+                for sibling in [choice, *self._memory[id(choice)].siblings]:
+                    self._leave(sibling)
+                    self._finish(sibling, Advance([], "cancelled", 0))
+
+    def _read(self, choice: Choice) -> None:
+        """One chunk of a prompt; after the last one, its first token."""
+        read_chunk(self.runner, choice, self.options.chunk)
+        self._counters.steps += 1
+        if not has_read_prompt(self.runner, choice):
+            return
+        weights = first_weights(self.runner, choice)
+        logits = first_logits(self.runner, choice, weights)
+        memory = self._memory[id(choice)]
+        siblings, memory.siblings = memory.siblings, []
+        for sibling in siblings:
+            self.runner.copy_slot(choice.slot, sibling.slot, choice.seen)
+            sibling.fork(choice)
+        for one in [choice, *siblings]:
+            one.state = State.DECODE
+            one.tails.clear()
+            if bool(logits.isnan().any()):
+                advance = Advance([], "error", 0, NOT_A_NUMBER)
+            else:
+                token = one.sampler.pick(logits, ())
+                log_prob, top = token_log_probs(logits, token, one.request.params.log_probs)
+                pieces, reason = one.append(token, tuple(weights[0].tolist()), log_prob, top)
+                advance = Advance(pieces, reason, 1)
+            self._settle(one, advance)
+
+    def _decode(self, choices: Sequence[Choice]) -> None:
+        """One block of every running choice."""
+        plan = self._plan(choices)
+        drafts: list[list[int]] = [[] for _ in choices]
+        known: list[dict[int, torch.Tensor]] = [{} for _ in choices]
+        began = time.perf_counter()
+        if plan.kind == "lookup":
+            drafts = [self._lookup(choice).draft(min(plan.length, self._room(choice))) for choice in choices]
+        elif plan.kind is not None:
+            heaviest = [max(range(len(c.last_weights)), key=c.last_weights.__getitem__) for c in choices]
+            views = heaviest if plan.kind == "self" else [len(self.names)] * len(choices)
+            drafts, states = run_ahead(self.runner, choices, views, plan.length)
+            if plan.kind == "self":
+                known = [{view: hidden} for view, hidden in zip(views, states, strict=True)]
+            self.planner.costs.observe_feed(plan.kind, len(choices), (time.perf_counter() - began) / plan.length)
+        began = time.perf_counter()
+        rows = [plan.length if plan.kind == "self" else len(draft) + 1 for draft in drafts]
+        blocks = [Block(*parts) for parts in zip(choices, drafts, rows, known, strict=True)]
+        pending = [len(c.pending(len(self.names))) if self.has_draft_model else 0 for c in choices]
+        advances = decode(self.runner, blocks)
+        if plan.kind != "self":
+            self.planner.costs.observe_pass(len(choices), max(rows), time.perf_counter() - began)
+        self._counters.steps += 1
+        for block, advance, waits in zip(blocks, advances, pending, strict=True):
+            self._remember(block, advance, plan)
+            if plan.kind == "model":
+                block.choice.seen[-1] += waits + min(max(advance.num_tokens - 1, 0), plan.length - 1)
+            self._settle(block.choice, advance)
+
+    def _plan(self, choices: Sequence[Choice]) -> Plan:
+        if not self.planner.kinds or len(choices) > self.options.max_draft_choices:
+            return PLAIN
+        room = min(self._room(choice) for choice in choices)
+        possible: dict[DraftKind, int] = {}
+        for kind in self.planner.kinds:
+            if kind == "lookup":
+                longest = max(len(self._lookup(choice).draft(8)) for choice in choices)
+                if longest:
+                    possible[kind] = min(longest, room)
+            else:
+                possible[kind] = room
+        plan = self.planner.plan(len(choices), [self._memory[id(choice)].history for choice in choices], possible)
+        for choice in choices:
+            self._memory[id(choice)].history.pass_over(kind for kind in possible if kind != plan.kind)
+        return plan
+
+    def _room(self, choice: Choice) -> int:
+        """Tokens that a draft may have: what follows the choice's last token cannot be used."""
+        return choice.max_tokens - len(choice.response) - 1
+
+    def _lookup(self, choice: Choice) -> Lookup:
+        memory = self._memory[id(choice)]
+        row = max(choice.request.prompts, key=len)
+        if memory.lookup is None:
+            memory.lookup = Lookup(row)
+        memory.lookup.extend(choice.response[len(memory.lookup.text) - len(row) :])
+        return memory.lookup
+
+    def _remember(self, block: Block, advance: Advance, plan: Plan) -> None:
+        if plan.kind is None or not block.drafts:
+            return
+        agreed = sum(a == b for a, b in zip(block.drafts, block.choice.response[-advance.num_tokens :], strict=False))
+        self._memory[id(block.choice)].history.observe(plan, agreed, len(block.drafts))
+        self._counters.drafted_tokens += len(block.drafts)
+        self._counters.accepted_tokens += agreed
+
+    def _settle(self, choice: Choice, advance: Advance) -> None:
+        """Tell the listener; a choice that is over leaves."""
+        self._counters.generated_tokens += advance.num_tokens
+        if advance.reason is None:
+            choice.emit(advance.pieces)
+            return
+        self._leave(choice)
+        self._finish(choice, advance)
+
+    def _finish(self, choice: Choice, advance: Advance) -> None:
+        choice.state = State.FINISHED
+        choice.emit(advance.pieces, advance.reason, advance.error)
+
+    def _leave(self, choice: Choice) -> None:
+        """Free a slot. The last choice that decodes takes it, then all that follow move up by one."""
+        del self._memory[id(choice)]
+        hole = choice.slot
+        decoding = [other for other in self._running if other.state is State.DECODE and other is not choice]
+        last = max(decoding, key=lambda other: other.slot, default=None)
+        if last is not None and last.slot > hole:
+            self._move(last, hole)
+        self._running.remove(choice)
+        choice.slot = -1
+        self._running.sort(key=lambda other: other.slot)
+        for slot, other in enumerate(self._running):
+            if other.slot != slot:
+                self._move(other, slot)
+
+    def _move(self, choice: Choice, slot: int) -> None:
+        if any(choice.seen):
+            self.runner.copy_slot(choice.slot, slot, choice.seen)
+        choice.slot = slot

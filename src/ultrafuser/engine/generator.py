@@ -1,0 +1,81 @@
+"""EngineGenerator: the engine as a Generator, for evaluation and for whoever wants answers to many conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ultrafuser.chat.messages import Conversation
+from ultrafuser.engine.engine import Engine
+from ultrafuser.engine.requests import GenerationRequest, Ids, StreamEvent, TokenPiece
+from ultrafuser.errors import ModelError
+from ultrafuser.generation import AnswerScore, Completion, SamplingParams
+from ultrafuser.model.generator import FusedGenerator
+
+
+class EngineGenerator:
+    """Answers conversations with an engine; scores answers as `FusedGenerator` does.
+
+    Args:
+        engine: Used by nobody else meanwhile.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._scorer = FusedGenerator(engine.model, engine.tokenizer)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the specialists, in the order of `Completion.gate_weights`."""
+        return self.engine.names
+
+    def generate(self, conversations: Sequence[Conversation], params: SamplingParams) -> list[Completion]:
+        """One completion per conversation, in order; with `params.n` the choices of each follow one another."""
+        return self.answer([self.engine.encoder.encode_prompt(conversation) for conversation in conversations], params)
+
+    def complete(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
+        """Continue token ids that no template has written: every specialist reads the same ones."""
+        return self.answer([(tuple(prompt),) * len(self.names) for prompt in prompts], params)
+
+    def answer(self, prompts: Sequence[tuple[Ids, ...]], params: SamplingParams) -> list[Completion]:
+        """Answer prompts that are encoded already: one row per specialist each.
+
+        Raises:
+            RequestError: One of them can never be served.
+            ModelError: The model's logits are no numbers.
+        """
+        collectors = [_Collector(params.n) for _ in prompts]
+        for rows, collector in zip(prompts, collectors, strict=True):
+            self.engine.add(GenerationRequest(tuple(rows), params), collector)
+        while self.engine.step():
+            pass
+        return [completion for collector in collectors for completion in collector.completions()]
+
+    def score(self, conversations: Sequence[Conversation]) -> list[AnswerScore]:
+        """Log-probabilities of the assistant messages of each conversation."""
+        return self._scorer.score(conversations)
+
+
+class _Collector:
+    """Listens to one request."""
+
+    def __init__(self, num_choices: int) -> None:
+        self.pieces: list[list[TokenPiece]] = [[] for _ in range(num_choices)]
+        self.reasons: list[str] = [""] * num_choices
+
+    def __call__(self, event: StreamEvent) -> None:
+        self.pieces[event.choice] += event.pieces
+        if event.finish_reason == "error":
+            raise ModelError(event.error)
+        if event.finish_reason is not None:
+            self.reasons[event.choice] = event.finish_reason
+
+    def completions(self) -> list[Completion]:
+        return [
+            Completion(
+                text="".join(piece.text for piece in pieces),
+                token_ids=tuple(piece.token_id for piece in pieces),
+                gate_weights=tuple(piece.gate_weights for piece in pieces),
+                finish_reason="length" if reason == "length" else "stop",
+            )
+            for pieces, reason in zip(self.pieces, self.reasons, strict=True)
+        ]

@@ -1,0 +1,224 @@
+"""The forward of Llama-like specialists over a slot cache: one specialist, or a stack of equals in one pass.
+
+A specialist alone is a stack of one. What is saved against the layers of transformers: query, key and value are one
+product, so are gate and up projection; rotations are tables; nothing is made that decoding does not read.
+
+Shapes: G specialists of the stack, B choices, T new tokens, R = B * G rows of the cache, H hidden size, D head size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ultrafuser.engine.slots import SlotCache, SlotView
+from ultrafuser.engine.weights import Product, WeightFormat, make_product
+
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+_SCALED = ("logit_scale", "logits_scaling", "final_logit_softcapping", "pretraining_tp_scale")
+
+
+def is_llama_like(model: PreTrainedModel) -> bool:
+    """Whether `LlamaStack` knows the architecture: what it then computes is checked against the model itself."""
+    config = model.config
+    return (
+        config.model_type in FAMILY
+        and config.hidden_act == "silu"
+        and not any(getattr(config, name, None) for name in _SCALED)
+        and config.rope_parameters.get("rope_type") in ("default", "linear", "llama3")
+        and len(set(_windows(config))) == 1
+    )
+
+
+def can_stack(models: Sequence[PreTrainedModel]) -> bool:
+    """Whether Llama-like models have the same shapes and types, so that one pass can run them all."""
+    return len({_signature(model) for model in models}) == 1
+
+
+class LlamaStack:
+    """G specialists of one shape.
+
+    Args:
+        models: Their models; exact weights become views of the stack's buffers, and the models go on working.
+        length: Columns of the longest text.
+        form: Format of the weights.
+        num_threads: Of torch.
+    """
+
+    def __init__(
+        self, models: Sequence[PreTrainedModel], *, length: int, form: WeightFormat = "exact", num_threads: int = 1
+    ) -> None:
+        config = models[0].config
+        bases: list[Any] = [model.base_model for model in models]
+        layers: list[list[Any]] = [list(base.layers) for base in bases]
+        self.num_members = len(models)
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_size = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
+        self.hidden_size = config.hidden_size
+        self.eps = config.rms_norm_eps
+        self.window: int | None = _windows(config)[0]
+        self.device, self.dtype = models[0].device, models[0].dtype
+        self.compute_dtype = self.dtype if form == "exact" else torch.float32
+
+        def product(*names: str) -> list[Product]:
+            """One product a layer, over the linear layers of these names."""
+            return [
+                make_product(
+                    [[layer[index].get_submodule(name) for name in names] for layer in layers],
+                    form,
+                    num_threads=num_threads,
+                )
+                for index in range(config.num_hidden_layers)
+            ]
+
+        def norm(name: str) -> list[Tensor]:
+            weights = [
+                torch.stack([layer[index].get_submodule(name).weight.detach() for layer in layers])[:, None, None]
+                for index in range(config.num_hidden_layers)
+            ]
+            return [weight.to(self.compute_dtype) for weight in weights]  # [G, 1, 1, H] or [G, 1, 1, D]
+
+        self.qkv = product("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.out = product("self_attn.o_proj")
+        self.gate_up = product("mlp.gate_proj", "mlp.up_proj")
+        self.down = product("mlp.down_proj")
+        self.norm_in, self.norm_mlp = norm("input_layernorm"), norm("post_attention_layernorm")
+        # Qwen3 normalises each head of query and key.
+        has_head_norm = hasattr(layers[0][0].self_attn, "q_norm")
+        self.norm_q = norm("self_attn.q_norm") if has_head_norm else None
+        self.norm_k = norm("self_attn.k_norm") if has_head_norm else None
+        self.norm_out = torch.stack([base.norm.weight.detach() for base in bases])[:, None, None].to(self.compute_dtype)
+        self.embeddings: list[Any] = [model.get_input_embeddings() for model in models]
+        self.head = make_product([[model.get_output_embeddings()] for model in models], form, num_threads=num_threads)
+        self.cos, self.sin = self._rotations(bases[0], length)
+
+    @property
+    def kv_heads(self) -> list[tuple[int, int]]:
+        """Heads and their size, of each layer's keys and values."""
+        return [(self.num_kv_heads, self.head_size)] * len(self.qkv)
+
+    def hidden(
+        self,
+        ids: Int[Tensor, "G B T"],
+        starts: Int[Tensor, "G B"],
+        cache: SlotCache,
+        slots: Sequence[int],
+        member: int | None = None,
+    ) -> Float[Tensor, "G B T H"]:
+        """Last hidden states of new tokens, which join the cache.
+
+        Args:
+            ids: New tokens of each member and choice, shorter rows filled on the right with any id.
+            starts: Columns that each holds already.
+            cache: Of this group.
+            slots: The slot of each choice.
+            member: The one that runs, or None for all.
+        """
+        num_members, num_choices, num_new = ids.shape
+        members = range(self.num_members) if member is None else range(member, member + 1)
+        view = SlotView(cache, slots, member, starts.t().reshape(-1), num_new)
+        mask = self._mask(view, num_new)
+        # [R, 1, T, D], broadcast over heads
+        cos, sin = self.cos[view.positions][:, None], self.sin[view.positions][:, None]
+        x = torch.stack([self.embeddings[j](ids[i]) for i, j in enumerate(members)]).to(self.compute_dtype)
+        shape = (num_members, num_choices * num_new, -1)
+        for layer in range(len(self.qkv)):
+            h = self._norm(x, self.norm_in[layer], member)
+            h = self._attention(layer, h.view(shape), view, mask, cos, sin, member)
+            x = x + h.view_as(x)
+            h = self._norm(x, self.norm_mlp[layer], member)
+            gate, up = self.gate_up[layer](h.view(shape), member).chunk(2, dim=-1)
+            x = x + self.down[layer](F.silu(gate) * up, member).view_as(x)
+        return self._norm(x, self.norm_out, member)
+
+    def logits(self, hidden: Float[Tensor, "G M H"], member: int | None = None) -> Float[Tensor, "G M V"]:
+        """Logits of all members, or of one."""
+        return self.head(hidden.contiguous(), member)
+
+    def _attention(
+        self,
+        layer: int,
+        h: Float[Tensor, "G M H"],
+        view: SlotView,
+        mask: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        member: int | None,
+    ) -> Float[Tensor, "G M H"]:
+        num_members, num_new = len(h), view.num_new
+        num_rows = len(view.row_ids)
+        num_q, num_kv, size = self.num_heads, self.num_kv_heads, self.head_size
+        qkv = self.qkv[layer](h, member)
+        # [G, B * T, heads * D] -> [R, heads, T, D], members varying fastest
+        qkv = qkv.view(num_members, num_rows // num_members, num_new, num_q + 2 * num_kv, size)
+        qkv = qkv.transpose(0, 1).reshape(num_rows, num_new, num_q + 2 * num_kv, size).transpose(1, 2)
+        if self.norm_q is not None and self.norm_k is not None:
+            q = self._head_norm(qkv[:, :num_q], self.norm_q[layer], member)
+            k = self._head_norm(qkv[:, num_q : num_q + num_kv], self.norm_k[layer], member)
+            rotated = torch.cat([q, k], dim=1)
+        else:
+            rotated = qkv[:, : num_q + num_kv]
+        rotated = torch.addcmul(rotated * cos, rotated.roll(size // 2, dims=-1), sin)
+        view.write(layer, rotated[:, num_q:], qkv[:, num_q + num_kv :])
+        keys, values = view.read(layer)
+        q = rotated[:, :num_q]
+        if mask is None and num_new > 1:  # the beginning of a text
+            y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=num_q != num_kv)
+        else:
+            # The query heads that share a key stand in for further tokens, so keys need not be repeated.
+            share = num_q // num_kv
+            folded = q.reshape(num_rows, num_kv, share * num_new, size)
+            many = mask if mask is None or num_new == 1 else mask.repeat(1, 1, share, 1)
+            y = F.scaled_dot_product_attention(folded, keys, values, attn_mask=many)
+            y = y.reshape(num_rows, num_q, num_new, size)
+        y = y.transpose(1, 2).reshape(num_rows // num_members, num_members, num_new, num_q * size)
+        return self.out[layer](y.transpose(0, 1).reshape(num_members, -1, num_q * size), member)
+
+    def _mask(self, view: SlotView, num_new: int) -> Tensor | None:
+        from_nothing = view.single == 0 and num_new > 1 and (self.window is None or num_new <= self.window)
+        return None if from_nothing else view.mask(self.window)
+
+    def _norm(self, x: Float[Tensor, "G B T H"], weight: Tensor, member: int | None) -> Tensor:
+        weight = weight if member is None else weight[member : member + 1]
+        if len(weight) == 1:
+            return F.rms_norm(x, x.shape[-1:], weight.view(-1), self.eps)
+        return F.rms_norm(x, x.shape[-1:], None, self.eps) * weight
+
+    def _head_norm(self, x: Float[Tensor, "R K T D"], weight: Tensor, member: int | None) -> Tensor:
+        if member is None and self.num_members > 1:  # rows vary by member fastest
+            weight = weight.repeat(len(x) // self.num_members, 1, 1, 1)
+            return F.rms_norm(x, x.shape[-1:], None, self.eps) * weight
+        return F.rms_norm(x, x.shape[-1:], weight[member or 0].view(-1), self.eps)
+
+    def _rotations(self, base: Any, length: int) -> tuple[Tensor, Tensor]:
+        """Tables [L, D]; the sine has the sign of the rotation, so that half a turn of the head is a roll."""
+        positions = torch.arange(length, device=self.device)[None]
+        cos, sin = base.rotary_emb(torch.empty(0, dtype=self.compute_dtype, device=self.device), positions)
+        signs = torch.ones(self.head_size, dtype=sin.dtype, device=self.device)
+        signs[: self.head_size // 2] = -1
+        return cos[0], sin[0] * signs
+
+
+def _windows(config: Any) -> list[int | None]:
+    """The sliding window of each layer, None where it sees all."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    if config.model_type == "mistral":
+        return [window] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _signature(model: PreTrainedModel) -> tuple[Any, ...]:
+    """What must be equal for two models to run in one stack."""
+    shapes = tuple((name, tuple(p.shape), p.dtype, p.device) for name, p in model.named_parameters())
+    config = model.config
+    rope = tuple(sorted((key, str(value)) for key, value in config.rope_parameters.items()))
+    return (config.model_type, shapes, config.rms_norm_eps, config.num_attention_heads, rope, tuple(_windows(config)))

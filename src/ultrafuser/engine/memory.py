@@ -1,0 +1,74 @@
+"""How many choices fit: slots of a context's length, within the memory for caches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
+
+from ultrafuser.errors import ModelError
+from ultrafuser.model.fused import FusedForCausalLM
+
+if TYPE_CHECKING:
+    from ultrafuser.engine.engine import EngineOptions
+
+LONGEST_BY_DEFAULT = 4096
+_SHARE = 0.5  # of free memory, for caches
+
+
+def fit_slots(
+    model: FusedForCausalLM, options: EngineOptions, *, draft: PreTrainedModel | None = None
+) -> tuple[int, int]:
+    """Context and slots.
+
+    Args:
+        model: The fused model.
+        options: What was asked for.
+        draft: A drafting model.
+
+    Returns:
+        Tokens of the longest view, and how many choices may run at once.
+
+    Raises:
+        ModelError: Not even one choice fits, or the context is longer than the specialists were made for.
+    """
+    models = [*model.specialists.values(), *([draft] if draft is not None else [])]
+    limits = [limit for part in models if (limit := _position_limit(part))]
+    longest = min(limits, default=0)
+    if options.max_context and longest and options.max_context > longest:
+        raise ModelError(f"the context is {options.max_context} tokens; these specialists were made for {longest}")
+    context = options.max_context or min(longest or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT)
+    per_slot = context * sum(_bytes_per_token(part) for part in models)
+    budget = options.cache_bytes or int(_SHARE * free_bytes(models[0].device))
+    slots = min(options.max_choices, budget // max(per_slot, 1))
+    if slots < 1:
+        raise ModelError(
+            f"one choice of {context} tokens takes {per_slot / 2**20:.0f} MiB of cache and {budget / 2**20:.0f} MiB "
+            "are there: allow a smaller context, or more memory"
+        )
+    return context, slots
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody uses, on a device or in the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123  a file of the kernel
+            lines = dict(line.split(":") for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 8 * 2**30  # elsewhere than on Linux: a small machine's
+
+
+def _position_limit(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 0)
+
+
+def _bytes_per_token(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)

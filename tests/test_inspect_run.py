@@ -281,7 +281,7 @@ def test_a_finding_of_another_version_is_named(tmp_path: Path) -> None:
     assert read_findings(tmp_path) == [finding]
     (tmp_path / "gate.json").write_text('{"part": "gate", "colour": 1}', encoding="utf-8")
 
-    with pytest.raises(DataError, match=r"gate\.json is no finding of this version \(title"):
+    with pytest.raises(DataError, match=r"gate\.json is no finding of this version, so delete it: title"):
         read_findings(tmp_path)
 
 

@@ -1,12 +1,38 @@
-"""Files and folders written so that a reader sees the old one or the new one, never half of one."""
+"""Files and folders written so that a reader sees the old one or the new one, never half of one; JSON read checked."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from ultrafuser.errors import DataError
+
+Content = TypeVar("Content", bound=BaseModel)
+
+
+def read_json(path: Path, kind: type[Content], *, what: str) -> Content:
+    """Read a JSON file as a pydantic model.
+
+    Args:
+        path: The file.
+        kind: The model.
+        what: The file as it should be, for the message: "evaluation of this version".
+
+    Raises:
+        DataError: The file is missing, or is none; names the first field that is wrong.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DataError(f"{path} is no {what}: {place}: {first['msg']}") from error
 
 
 def write_text_atomically(text: str, path: Path) -> None:

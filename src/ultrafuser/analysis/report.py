@@ -5,13 +5,14 @@ The page is a Jinja template with autoescape, so whatever text a model or a user
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from ultrafuser.analysis.charts import Bar, bar_chart, model_class, sample_heatmap
@@ -72,8 +73,8 @@ def write_report(results: Results, path: Path) -> None:
 
 def render_report(results: Results, *, inspection: str | None = None) -> str:
     """The report as HTML; `inspection` is where the page of an inspection is."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(
+    page = page_template(
+        _resource("report.html.j2"),
         accuracy_interval=accuracy_interval,
         duration=duration,
         heaviest=heaviest,
@@ -86,7 +87,7 @@ def render_report(results: Results, *, inspection: str | None = None) -> str:
     curves = {phase: points for phase, points in results.curves.items() if any(point.loss for point in points)}
     curve_domains = list(dict.fromkeys(name for points in curves.values() for point in points for name in point.loss))
     colours = colour_indices(results.specialists, [*results.domains, *curve_domains])
-    return environment.from_string(_resource("report.html.j2")).render(
+    return page.render(
         results=results,
         inspection=inspection,
         style=style_sheet(),
@@ -103,6 +104,13 @@ def render_report(results: Results, *, inspection: str | None = None) -> str:
         timings=[(name, duration(seconds)) for name, seconds in results.timings.items()],
         recipe=_recipe(results),
     )
+
+
+def page_template(source: str, **functions: Callable[..., object]) -> Template:
+    """A template that escapes whatever is put into it, and refuses what it does not know; `functions` it may call."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.update(functions)
+    return environment.from_string(source)
 
 
 def visible(text: str) -> str:

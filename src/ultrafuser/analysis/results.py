@@ -16,12 +16,10 @@ from pydantic import (
     FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
-    ValidationError,
     model_validator,
 )
 
-from ultrafuser.errors import DataError
-from ultrafuser.files import write_text_atomically
+from ultrafuser.files import read_json, write_text_atomically
 
 SPECIALIST_PREFIX = "specialist:"  # the model `specialist:code` is the specialist `code` on its own
 FUSED_PREFIX = "fused"  # `fused`, `fused:stage1`, `fused:stage2`
@@ -175,11 +173,4 @@ def read_results(path: Path) -> Results:
     Raises:
         DataError: The file is missing, or is no results file; names the first field that is wrong.
     """
-    try:
-        return Results.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise DataError(f"{path} is no results file of this version: {place}: {first['msg']}") from error
+    return read_json(path, Results, what="results file of this version")

@@ -8,10 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from ultrafuser.errors import DataError
-from ultrafuser.files import write_text_atomically
+from ultrafuser.files import read_json, write_text_atomically
 
 
 class Row(BaseModel):
@@ -62,7 +61,4 @@ def read_row(path: Path) -> Row:
     Raises:
         DataError: The file is no row.
     """
-    try:
-        return Row.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise DataError(f"{path} is no row of a comparison ({error.error_count()} errors): delete it") from error
+    return read_json(path, Row, what="row of a comparison, so delete it")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import comb
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeFloat, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeFloat, NonNegativeInt
 
 from ultrafuser.errors import DataError
 from ultrafuser.evaluation.intervals import (
@@ -18,7 +18,7 @@ from ultrafuser.evaluation.intervals import (
     paired_difference_interval,
     wilson_interval,
 )
-from ultrafuser.files import write_text_atomically
+from ultrafuser.files import read_json, write_text_atomically
 
 
 class _Frozen(BaseModel):
@@ -232,14 +232,7 @@ def read_results(path: Path) -> EvaluationResults:
     Raises:
         DataError: The file is missing, or is no results file; names the first field that is wrong.
     """
-    try:
-        return EvaluationResults.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise DataError(f"{path} is no evaluation of this version: {place}: {first['msg']}") from error
+    return read_json(path, EvaluationResults, what="evaluation of this version")
 
 
 def _estimate(interval: Interval, n: int) -> Estimate:

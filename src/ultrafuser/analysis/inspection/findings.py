@@ -11,11 +11,10 @@ import io
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from ultrafuser.analysis.results import CurvePoint, Heatmap, Weight
-from ultrafuser.errors import DataError
-from ultrafuser.files import write_text_atomically
+from ultrafuser.files import read_json, write_text_atomically
 
 Part = Literal["losses", "gate", "heatmap", "tokens", "question", "curves", "stability", "embeddings"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -155,14 +154,5 @@ def read_findings(folder: Path) -> list[Finding]:
     Raises:
         DataError: A file is no finding of this version; names the file and the first field that is wrong.
     """
-    findings = []
-    for path in (folder / f"{part}.json" for part in PARTS):
-        if not path.is_file():
-            continue
-        try:
-            findings.append(Finding.model_validate_json(path.read_bytes()))
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise DataError(f"{path} is no finding of this version ({place}: {first['msg']}): delete it") from error
-    return findings
+    paths = [folder / f"{part}.json" for part in PARTS]
+    return [read_json(path, Finding, what="finding of this version, so delete it") for path in paths if path.is_file()]

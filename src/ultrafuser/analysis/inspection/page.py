@@ -11,14 +11,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ultrafuser.analysis.charts import sample_heatmap
 from ultrafuser.analysis.curves import curve_chart
 from ultrafuser.analysis.inspection.findings import Alternative, Finding, Table, Value, read_findings
 from ultrafuser.analysis.palette import colour_indices, heaviest, weights_text
-from ultrafuser.analysis.report import style_sheet, visible
+from ultrafuser.analysis.report import page_template, style_sheet, visible
 from ultrafuser.analysis.scales import Scale
 from ultrafuser.analysis.svg import drawing, element
 from ultrafuser.files import write_text_atomically
@@ -76,8 +75,8 @@ def render_page(
         there: Names of the files beside the page, of which those of a finding are linked.
         report: Where the run's report is; None: nowhere.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(
+    page = page_template(
+        files("ultrafuser.analysis.inspection").joinpath("page.html.j2").read_text(encoding="utf-8"),
         heaviest=heaviest,
         is_best=is_best,
         likeliest=likeliest,
@@ -85,8 +84,7 @@ def render_page(
         visible=visible,
         weights_text=weights_text,
     )
-    template = files("ultrafuser.analysis.inspection").joinpath("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    return page.render(
         name=name,
         notes=notes,
         report=report,

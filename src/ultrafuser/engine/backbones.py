@@ -77,6 +77,11 @@ class ModelBackbone:
             made = view.mask(length)
             if made is None:
                 made = torch.ones((1, 1, 1, view.stop), dtype=torch.bool, device=view.positions.device)
+            if config._attn_implementation == "eager":  # adds its mask to the scores
+                dtype = self.compute_dtype
+                return torch.zeros(made.shape, dtype=dtype, device=made.device).masked_fill(
+                    ~made, torch.finfo(dtype).min
+                )
             return made
 
         if len(kinds) > 1:
@@ -113,7 +118,7 @@ class _StepCache(Cache):
 def _probe_heads(model: PreTrainedModel, name: str) -> list[tuple[int, int]]:
     """Heads and their size of each layer, as they come out of a forward over one token."""
     output = model.base_model(input_ids=torch.ones((1, 1), dtype=torch.long, device=model.device), use_cache=True)
-    layers = getattr(output.past_key_values, "layers", None)
+    layers = getattr(getattr(output, "past_key_values", None), "layers", None)
     shapes = [getattr(layer, "keys", None) for layer in layers or ()]
     if not shapes or any(not isinstance(keys, Tensor) or keys.dim() != 4 for keys in shapes):
         raise ModelError(

@@ -92,6 +92,7 @@ class Choice:
         """Start from the prompt that another choice has read; its cache was copied."""
         self.seen = list(source.seen)
         self.held_scores = source.held_scores
+        self.detokenizer = source.detokenizer.copy()  # which a scored prompt has moved on
 
     def append(
         self, token: int, weights: tuple[float, ...], log_prob: float | None, top: tuple[tuple[int, float], ...]

@@ -23,6 +23,12 @@ class Detokenizer:
         self._ids: list[int] = []  # from the last text that was complete, and what led to it
         self._read = 0  # how many of these have been shown
 
+    def copy(self) -> Detokenizer:
+        """Another one that has read the same."""
+        other = Detokenizer(self.tokenizer)
+        other._ids, other._read = list(self._ids), self._read
+        return other
+
     def push(self, token: int) -> str:
         """What this token adds; empty while a character is incomplete."""
         self._ids.append(token)

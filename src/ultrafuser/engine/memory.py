@@ -69,6 +69,9 @@ def _position_limit(model: PreTrainedModel) -> int:
 
 def _bytes_per_token(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_heads = getattr(config, "num_attention_heads", None)
+    if not num_heads:  # without attention there is nothing to count, and the runner will refuse it by name
+        return 0
+    heads = getattr(config, "num_key_value_heads", None) or num_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)

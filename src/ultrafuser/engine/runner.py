@@ -27,6 +27,8 @@ from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.fusion import fuse_logits, gate_weights, uniform_scores
 
 RunnerKind = Literal["auto", "sequential", "stacked"]
+_CHECKED = 6  # tokens of the text on which a backbone is compared with its model
+_LONGEST_WINDOW = 512
 
 
 class Backbone(Protocol):
@@ -215,39 +217,72 @@ def gate_device(gate: torch.nn.Module) -> torch.device:
 def check_backbone(
     backbone: Backbone, cache: SlotCache, models: Sequence[PreTrainedModel], names: Sequence[str], *, exact: bool
 ) -> None:
-    """Run six tokens in two blocks beside another choice, and compare with the models' own forward.
+    """Run a text in blocks beside a shorter one, and compare with the models' own forward.
 
     Reduced weights are only checked to give numbers: how far they are off is measured on text, by `ultrafuser bench`.
 
     Raises:
-        ModelError: The engine's results are not the model's.
+        ModelError: The engine's results are not the model's, or its forward does not work with the engine's cache.
     """
-    if cache.length < 6:
-        raise ModelError(f"a context of {cache.length} tokens is too small for the engine: 6 are the least")
-    slots = [0, 1] if cache.num_slots > 1 else [0]
+    if cache.length < _CHECKED:
+        raise ModelError(f"a context of {cache.length} tokens is too small for the engine: {_CHECKED} are the least")
+    # Past a small window, too, since some architectures cut it in their own way.
+    longest = min(max([_CHECKED, *(w + _CHECKED for m in models for w in _small_windows(m))]), cache.length)
+    lengths = [longest, _CHECKED][: min(cache.num_slots, 2)]
     generator = torch.Generator().manual_seed(0)
     vocab = min(model.get_output_embeddings().weight.shape[0] for model in models)
-    ids = torch.randint(0, vocab, (len(models), len(slots), 6), generator=generator).to(backbone.device)
-    zeros = torch.zeros((len(models), len(slots)), dtype=torch.long, device=backbone.device)
-    parts = [
-        backbone.hidden(ids[..., :4], zeros, cache, slots),
-        backbone.hidden(ids[..., 4:5], zeros + 4, cache, slots),
-        backbone.hidden(ids[..., 5:], zeros + 5, cache, slots),
-    ]
-    hidden = torch.cat(parts, dim=2)
-    actual = backbone.logits(hidden.flatten(1, 2)).float()
+    ids = torch.randint(0, vocab, (len(models), len(lengths), longest), generator=generator).to(backbone.device)
+    try:
+        actual = _read_in_blocks(backbone, cache, ids, lengths)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise _cannot_run(models[0], names[0], f"its forward fails over the engine's cache, {reason}") from error
     for j, (model, name) in enumerate(zip(models, names, strict=True)):
-        positions = torch.arange(6, device=model.device).expand_as(ids[j])
-        own = last_hidden_state(model, ids[j].to(model.device), position_ids=positions)
-        expected = head_logits(model, own.flatten(0, 1)).float().to(actual.device)
-        largest = float(expected.abs().max().clamp(min=1.0))
-        tolerance = (2e-3 if model.dtype == torch.float32 else 5e-2) * largest
-        error = float((actual[j] - expected).abs().max())
-        if not (error <= tolerance if exact else actual[j].isfinite().all()):
-            raise ModelError(
-                f"specialist {name!r} is a {type(model).__name__}, which the engine does not run as it is (logits off "
-                f"by {error:.3g}): use FusedGenerator, and report the architecture"
-            )
+        for row, length in enumerate(lengths):
+            text = ids[j, row, :length][None].to(model.device)
+            own = last_hidden_state(model, text, position_ids=torch.arange(length, device=model.device)[None])
+            expected = head_logits(model, own[0]).float().to(actual[row].device)
+            tolerance = 2e-3 if model.dtype == torch.float32 else 5e-2
+            off = float((actual[row][j] - expected).abs().max())
+            allowed = tolerance * float(expected.abs().max().clamp(min=1.0))
+            if not (off <= allowed if exact else actual[row][j].isfinite().all()):
+                raise _cannot_run(model, name, f"logits off by {off:.3g}")
+
+
+def _read_in_blocks(
+    backbone: Backbone, cache: SlotCache, ids: Int[Tensor, "G B T"], lengths: Sequence[int]
+) -> list[Float[Tensor, "G _ V"]]:
+    """Logits of each text: most of it alone, then one token and two more of all texts together."""
+    slots = list(range(len(lengths)))
+    first = [length - 3 for length in lengths]
+    hidden = [
+        [backbone.hidden(ids[:, slot : slot + 1, :n], ids.new_zeros((len(ids), 1)), cache, [slot])[:, 0]]
+        for slot, n in zip(slots, first, strict=True)
+    ]
+    for skip, num_new in ((0, 1), (1, 2)):
+        starts = torch.tensor([n + skip for n in first], device=ids.device)
+        columns = starts[:, None] + torch.arange(num_new, device=ids.device)
+        block = ids.gather(2, columns.expand(len(ids), -1, -1))
+        states = backbone.hidden(block, starts.expand(len(ids), -1), cache, slots)
+        for slot in slots:
+            hidden[slot].append(states[:, slot])
+    return [backbone.logits(torch.cat(parts, dim=1)).float() for parts in hidden]
+
+
+def _small_windows(model: PreTrainedModel) -> list[int]:
+    """Windows of attention that a check can afford to pass, whatever an architecture calls them."""
+    config = model.config.get_text_config()
+    sizes = [getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size")]
+    return [size for size in sizes if isinstance(size, int) and 0 < size <= _LONGEST_WINDOW]
+
+
+def _cannot_run(model: PreTrainedModel, name: str, reason: str) -> ModelError:
+    return ModelError(
+        f"specialist {name!r} is a {type(model).__name__}, which the engine does not run as it is ({reason}): "
+        "use FusedGenerator, and report the architecture"
+    )
 
 
 def _grouped(

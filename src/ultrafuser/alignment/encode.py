@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ultrafuser.alignment.plain_text import PlainText
 from ultrafuser.chat.messages import Conversation
 from ultrafuser.chat.template import Template
 from ultrafuser.chat.turns import last_turn, split_prompt, split_turns
@@ -121,23 +122,29 @@ class Encoder:
             self._check_prompts(turn.prompts, f"record {id}, response {number}")
         return EncodedRecord(id=id, domain=domain, turns=encoded)
 
-    def encode_prompt(self, conversation: Conversation) -> tuple[Ids, ...]:
+    def encode_prompt(self, conversation: Conversation, *, plain: bool = False) -> tuple[Ids, ...]:
         """Encode a conversation that waits for an answer: one row of ids per specialist.
 
         Piece by piece, so that the history has the same tokens as in training.
+
+        Args:
+            conversation: Ends with a user message.
+            plain: What messages write like a control token is text (`PlainText`): for messages of strangers.
 
         Raises:
             DataError: It does not end with a user message, or its prompt is empty.
             TemplateError: A template cannot write it.
         """
+        encode = self._plain_ids if plain else self._ids
+        conversation = self._plain_text.mark(conversation) if plain else conversation
         rows = []
         for template in self.templates:
             pieces, prompt = split_prompt(template, conversation, **self._special_names())
             ids: list[int] = []
             for piece in pieces:
                 end = () if piece.hides_end else (self.end_id,)
-                ids += [*self._ids(piece.prompt), *self._ids(piece.response), *end]
-            rows.append((*ids, *self._ids(prompt)))
+                ids += [*encode(piece.prompt), *encode(piece.response), *end]
+            rows.append((*ids, *encode(prompt)))
         self._check_prompts(rows, "a conversation to answer")
         return tuple(rows)
 
@@ -151,6 +158,13 @@ class Encoder:
 
     def _ids(self, text: str) -> Ids:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+
+    def _plain_ids(self, text: str) -> Ids:
+        return self._plain_text.encode(text, self._ids)
+
+    @cached_property
+    def _plain_text(self) -> PlainText:
+        return PlainText(self.tokenizer)
 
     def _special_names(self) -> dict[str, str]:
         eos = self.tokenizer.eos_token

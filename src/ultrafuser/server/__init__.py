@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server and a chat page over the engine."""

@@ -161,6 +161,33 @@ def test_a_new_chat_forgets(page: Any, server: ScriptedServer):
     assert page.locator(".turn").count() == 1
 
 
+def test_each_question_can_stand_for_itself(page: Any, server: ScriptedServer):
+    page.get_by_label("Forget what was said before each question").check()
+    ask(page, "one")
+    ask(page, "two")
+
+    assert server.bodies[-1]["messages"] == [{"role": "user", "content": "two"}]
+
+
+def test_code_is_monospaced_and_prose_is_not(page: Any, server: ScriptedServer):
+    """Between fences, with both of them; without fences where a line is indented and no item of a list."""
+    pieces = ["So: ", "``", "`py", "\nx\n", "```", "\nDone."]
+    server.replies = [
+        Reply([(piece, WEIGHTS) for piece in pieces]),
+        Reply([("def f():\n", WEIGHTS), ("    return 1", WEIGHTS)]),
+        Reply([("- one\n", WEIGHTS), ("  - two", WEIGHTS)]),
+    ]
+    for _ in range(3):
+        ask(page)
+    fonts = page.locator(".token").evaluate_all("it => it.map((token) => getComputedStyle(token).fontFamily)")
+
+    assert [font.startswith("ui-monospace") for font in fonts] == [
+        *(False, False, True, True, True, False),
+        *(True, True),
+        *(False, False),
+    ]
+
+
 def test_an_example_can_be_asked(page: Any, server: ScriptedServer):
     example = page.locator(".example").first
     question = example.text_content()

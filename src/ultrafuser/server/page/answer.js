@@ -7,6 +7,8 @@ import { hideTip, showTip } from "./tip.js";
 
 const REDRAW_MS = 100; // of the strip, while tokens come
 const FENCE = "```";
+// An indented line that is no item of a list: code that no fence announces.
+const INDENTED = /\n(?: {2,}|\t+)(?![-*+\u2022\d ])\S/;
 
 export class Answer {
   /** Without colours it is plain text: the answer of one specialist alone. */
@@ -86,6 +88,7 @@ export class Answer {
     const fragment = document.createDocumentFragment();
     for (const [text, weights] of this.waiting.splice(0)) fragment.append(this.#token(text, weights));
     this.body.append(fragment);
+    if (!this.text.includes(FENCE) && INDENTED.test(this.text)) this.element.classList.add("code");
     if (this.active < 0) this.#activate(this.#next(-1, 1));
     const now = performance.now();
     if (this.coloured && (last || now - this.drawnAt > REDRAW_MS)) {

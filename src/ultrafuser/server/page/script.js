@@ -3,7 +3,7 @@
 import { ConnectionLost, listModels, ServerError, streamChat } from "./api.js";
 import { askKey, listenToKeyDialog } from "./key.js";
 import { hideNotice, showNotice } from "./notice.js";
-import { asksAlone, limitTokens, listenToSettings, openSettings, samplingFields, settingsAreValid, systemMessage } from "./settings.js";
+import { asksAlone, forgets, limitTokens, listenToSettings, openSettings, samplingFields, settingsAreValid, systemMessage } from "./settings.js";
 import { Specialists } from "./specialists.js";
 import { make } from "./text.js";
 import { hideTip, moveTip } from "./tip.js";
@@ -62,7 +62,7 @@ async function connect() {
 function request(turn) {
   const messages = [];
   if (systemMessage()) messages.push({ role: "system", content: systemMessage() });
-  for (const before of turns.slice(0, turns.indexOf(turn))) {
+  for (const before of forgets() ? [] : turns.slice(0, turns.indexOf(turn))) {
     // A question that was never answered is not part of the conversation.
     if (!before.answer?.text) continue;
     messages.push({ role: "user", content: before.question }, { role: "assistant", content: before.answer.text });

@@ -23,6 +23,11 @@ export function systemMessage() {
   return form.elements.system.value.trim();
 }
 
+/** Whether each question stands for itself. */
+export function forgets() {
+  return form.elements.single.checked;
+}
+
 export function asksAlone() {
   return form.elements.alone.checked;
 }

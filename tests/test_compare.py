@@ -201,6 +201,27 @@ def test_the_table_sets_the_best_model_of_a_column_in_bold_and_no_choice_with_hi
     ]
 
 
+def test_names_are_whole_in_a_terminal_of_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    names = ["specialist:text", "further-tuned:math", "task-arithmetic", "selected:oracle"]
+    cost = {"parameters_trained": 2_820_000, "parameters_served": 2_820_000, "weights_bytes": 11_300_000}
+    cost |= {"peak_bytes": 519_000_000, "train_s": 236.0, "ms_per_token": 12.8}
+    marks = {domain: {"loss": 6.264, "accuracy": 0.975, "n": 200} for domain in ("text", "code", "math", "mixed")}
+    rows = [Row(name=name, what="made", marks=marks, **cost) for name in names]  # type: ignore[arg-type]
+    monkeypatch.setenv("COLUMNS", "80")
+
+    compare_run.print_comparison(
+        Comparison(name="t", seed=0, exam="demo", recipe={}, versions={}, hardware={}, rows=rows), tmp_path
+    )
+
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 or str(tmp_path) in max(lines, key=len)
+    for name in names:
+        assert sum(line.strip().startswith(f"{name} ") for line in lines) == 2
+    assert sum("519" in line for line in lines) == len(names)
+
+
 def test_a_reward_model_chooses_where_answers_can_be_checked(tmp_path: Path):
     """On held-out records nobody can tell a right answer, so the row says so."""
     from test_baselines_generators import save_reward_model

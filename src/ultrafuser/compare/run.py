@@ -216,7 +216,8 @@ def print_comparison(comparison: Comparison, folder: Path) -> None:
     num_marks = len(header) - len(COST_COLUMNS)
     console = Console(highlight=False)
     for title, columns in (("worth", range(1, num_marks)), ("cost", range(num_marks, len(header)))):
-        table = Table("model", title=f"{comparison.name}: {title}", box=box.SIMPLE, pad_edge=False)
+        table = Table(title=f"{comparison.name}: {title}", box=box.SIMPLE, pad_edge=False)
+        table.add_column("model", no_wrap=True)
         for column in columns:
             table.add_column(header[column], justify="right")
         for cells in body:

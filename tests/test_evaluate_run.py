@@ -208,6 +208,19 @@ def test_truthfulness_is_counted_by_option_and_weighed_by_question(tmp_path: Pat
     assert len(results.items) == len(groups)
 
 
+def test_given_answers_begin_as_a_model_would_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In a conversation an answer begins without the space that lm-eval puts before an option in plain text."""
+    model, answers = Scripted(str), []
+    score = model.score
+    monkeypatch.setattr(model, "score", lambda asked: answers.extend(c[-1].content for c in asked) or score(asked))
+    places = {"truthfulqa_mc": "embedded"}
+
+    evaluate_models({"m": model}, options(tmp_path, "tiny_truth", "truthfulqa_mc", places=places))
+
+    offered = {option for doc in read_docs("truthfulqa_mc", "embedded") for option in doc["options"]}
+    assert set(answers) == {"Yes", "No"} | offered
+
+
 def test_options_as_answers_give_mc1_and_mc2(tmp_path: Path):
     """The scripted scores prefer the shortest option."""
     results = evaluate_models(

@@ -12,9 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from rich.console import Console
+from rich.text import Text
 
 from page_helpers import NAMES, Reply, ScriptedServer, Token, real_browser, scripted_server
+from ultrafuser.analysis.terminal import legend
+from ultrafuser.chat.messages import Conversation
+from ultrafuser.cli.answers import Stream, Voices
+from ultrafuser.cli.talk import Talk
+from ultrafuser.engine.requests import TokenPiece
+from ultrafuser.generation import SamplingParams
 
+COLUMNS = 92  # of the terminal
 QUESTION = "How many primes are there below 20? Then write a function that tests for one."
 # Who leads, and what it says; tokens are cut at spaces.
 SPEECH = (
@@ -41,7 +50,7 @@ def main(folder: Path) -> None:
             if scheme == "light":
                 take(page, folder / "chat-empty.png")
             ask(page, server, QUESTION, speech())
-            page.locator(".token", has_text="11").first.hover()
+            page.locator(".token", has_text="below.").hover()
             take(page, folder / f"chat-{scheme}.png")
             page.close()
         page = open_page(browser, server, "light", 1200, 860)
@@ -54,9 +63,10 @@ def main(folder: Path) -> None:
         for scheme in ("light", "dark"):
             page = open_page(browser, server, scheme, 375, 740, phone=True)
             ask(page, server, QUESTION, speech())
-            page.locator(".token", has_text="11").first.click()
+            page.locator(".token", has_text="square").click()
             take(page, folder / f"chat-phone-{scheme}.png")
             page.get_by_role("button", name="Settings").click()
+            page.get_by_role("button", name="Leave out math").click()
             take(page, folder / f"chat-phone-settings-{scheme}.png")
             page.close()
         page = open_page(browser, server, "dark", 1200, 700)
@@ -66,6 +76,39 @@ def main(folder: Path) -> None:
         page.locator("#notice").wait_for()
         page.get_by_role("button", name="Solo: math").click()
         take(page, folder / "chat-error.png")
+        page.close()
+        page = browser.new_page(viewport={"width": 900, "height": 600}, device_scale_factor=1.5)
+        page.set_content(terminal(), wait_until="load")
+        take(page.locator("svg"), folder / "chat-terminal.png")
+
+
+def terminal() -> str:
+    """What `ultrafuser chat` shows, as SVG."""
+
+    class Scripted:
+        names = list(NAMES)
+
+        def stream(self, conversation: Conversation, params: SamplingParams, voices: Voices) -> Stream:
+            del conversation, params
+            reply = speech() if voices.solo is None else plain(ALONE[voices.solo], voices.solo)
+            column = 0
+            for text, weights in reply.tokens:
+                # A terminal wraps by itself, a picture of one does not.
+                column = len(text) if "\n" in text else column + len(text)
+                if column > COLUMNS - 4:
+                    text, column = "\n" + text.lstrip(), len(text)
+                yield TokenPiece(0, text, tuple(weights))
+
+        def close(self) -> None:
+            """Nothing is held."""
+
+    console = Console(file=io.StringIO(), color_system="truecolor", width=COLUMNS, record=True)
+    talk = Talk(Scripted(), SamplingParams(), console=console)
+    console.print(legend(NAMES))
+    for line in (QUESTION, "/weights", "/alone"):
+        console.print(Text(f"> {line}", style="bold"))
+        talk.take(line)
+    return console.export_svg(title="ultrafuser chat runs/demo/model")
 
 
 def speech() -> Reply:

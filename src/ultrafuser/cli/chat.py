@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing, suppress
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 
 def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a fused model.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or hub id of a model, or http://HOST:PORT of a server.")
+    ],
     message: Annotated[str | None, typer.Option("--message", "-m", help="Ask this one question and leave.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
@@ -22,41 +24,29 @@ def chat(
 ) -> None:
     """Talk to a fused model; every token has the colour of the specialist that weighed most.
 
-    `/new` starts a new conversation.
+    `/help` lists what else one can do: let specialists speak alone, leave some out, see their answers side by side.
 
     Example: ultrafuser chat runs/demo/model -m "What is the capital of France?"
     """
-    from ultrafuser.analysis.terminal import colour_tokens, legend
-    from ultrafuser.chat.messages import Message
+    from rich.console import Console
+
+    from ultrafuser.analysis.terminal import legend
+    from ultrafuser.cli.answers import Voices, open_answers
+    from ultrafuser.cli.talk import Talk
     from ultrafuser.errors import ModelError
     from ultrafuser.generation import SamplingParams
-    from ultrafuser.model.generator import FusedGenerator
 
-    console = Console(highlight=False)
-    generator = FusedGenerator.from_pretrained(model)
-    if solo is not None and solo not in generator.names:
-        raise ModelError(f"no specialist {solo!r} to answer alone; the model has {', '.join(generator.names)}")
-    generator.model.config.solo = solo
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    console.print(legend(generator.names))
-    opening = [Message("system", system)] if system else []
-    history = list(opening)
-    while True:
+    with suppress(ImportError):
+        import readline  # noqa: F401  lines can then be edited, and recalled
+
+    with closing(open_answers(model)) as answers:
+        if solo is not None and solo not in answers.names:
+            raise ModelError(f"no specialist {solo!r} to answer alone; the model has {', '.join(answers.names)}")
+        console = Console(highlight=False)
+        console.print(legend(answers.names))
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+        talk = Talk(answers, params, voices=Voices(solo=solo), system=system, single_turn=single_turn, console=console)
         if message is None:
-            try:
-                question = console.input("[bold]> [/bold]")
-            except EOFError:
-                return
-            if single_turn or question.strip() == "/new":
-                history = list(opening)
-            if question.strip() in ("", "/new"):
-                continue
-        else:
-            question = message
-        history.append(Message("user", question))
-        completion = generator.generate([tuple(history)], params)[0]
-        texts = [generator.tokenizer.decode([token]) for token in completion.token_ids]
-        console.print(colour_tokens(texts, completion.gate_weights, generator.names))
-        if message is not None:
-            return
-        history.append(Message("assistant", completion.text))
+            talk.run()
+        elif not talk.ask(message):
+            raise typer.Exit(130)

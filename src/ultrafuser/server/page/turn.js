@@ -52,7 +52,10 @@ export class Turn {
     const rate = count / seconds;
     if (count > 1) figures.push(`${rate.toFixed(rate < 10 ? 1 : 0)} a second`);
     const means = this.answer.means;
-    if (means !== null && this.names.length > 1) figures.push(weightsText(this.names.map((name) => means[name] ?? 0), this.names));
+    if (means !== null && this.names.length > 1) {
+      const text = weightsText(this.names.map((name) => means[name] ?? 0), this.names);
+      figures.push(text.replaceAll(/ (?=\d)/g, "\u00a0")); // a weight stays beside its name
+    }
     this.note.textContent = [ending, ...(count > 0 ? figures : [])].filter(Boolean).join(" · ");
     this.tools.replaceChildren(...this.#buttons());
   }

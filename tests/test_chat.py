@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -265,6 +266,30 @@ def test_whoever_stops_reading_frees_the_engine(engine: EngineAnswers):
     next(pieces)
     pieces.close()
 
+    await_idle(engine)
+
+
+def test_ctrl_c_while_tokens_are_shown_frees_the_engine(engine: EngineAnswers):
+    class Screen(io.StringIO):
+        def write(self, text: str) -> int:
+            written = super().write(text)
+            if len(self.getvalue()) > 3 and not self.pressed:
+                self.pressed = True
+                signal.raise_signal(signal.SIGINT)
+            return written
+
+        pressed = False
+
+    console = Console(file=Screen(), highlight=False)
+    talk = Talk(engine, SamplingParams(max_tokens=10_000, ignore_end=True), console=console)
+
+    assert not talk.ask("what is 2 + 2?")
+    assert 0 < len(talk.weights) < 50
+    assert talk.history[-1].role == "assistant"
+    await_idle(engine)
+
+
+def await_idle(engine: EngineAnswers) -> None:
     end = time.monotonic() + 10
     while engine._engine.stats().num_running:
         assert time.monotonic() < end, "the answer goes on"

@@ -216,6 +216,7 @@ def test_names_are_whole_in_a_terminal_of_80_columns(
     )
 
     lines = capsys.readouterr().out.splitlines()
+    assert not any("…" in line for line in lines)
     assert max(map(len, lines)) <= 80 or str(tmp_path) in max(lines, key=len)
     for name in names:
         assert sum(line.strip().startswith(f"{name} ") for line in lines) == 2
@@ -255,6 +256,7 @@ def test_another_judge_gets_a_row_of_its_own(tmp_path: Path):
 
 
 def test_benchmarks_take_the_place_of_domains(tmp_path: Path):
+    told_of: set[Any] = set()
     comparison = compare(
         make_recipe(tmp_path),
         exam="benchmarks",
@@ -262,8 +264,10 @@ def test_benchmarks_take_the_place_of_domains(tmp_path: Path):
         limit=2,
         only=["specialist", "fused:stage1", "routed"],
         max_tokens=8,
+        watch=lambda *told: told_of.add(told[:2]),
     )
 
+    assert ("routed", "tiny_choice") in told_of
     rows = rows_of(comparison)
     for name in ("specialist:text", "specialist:code", "fused:stage1", "routed"):
         assert rows[name].skipped is None

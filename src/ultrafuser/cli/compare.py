@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ultrafuser.cli.options import Overrides, RecipePath
+from ultrafuser.cli.progress import evaluation_bars, silence_other_bars
 
 
 def compare(
@@ -41,6 +42,7 @@ def compare(
 
     Example: ultrafuser compare runs/demo/recipe.yaml --exam demo
     """
+    silence_other_bars()
     from ultrafuser.compare.run import compare as run
     from ultrafuser.compare.run import print_comparison
     from ultrafuser.config.load import load_recipe
@@ -48,7 +50,8 @@ def compare(
     loaded = load_recipe(recipe, overrides)
     names = [name for name in only.split(",") if name]
     folder = loaded.folder / "compare"
-    with _judge(judge, folder / "judge.jsonl") as ask:
+    bars = evaluation_bars() if exam == "benchmarks" else nullcontext()
+    with _judge(judge, folder / "judge.jsonl") as ask, bars as watch:
         comparison = run(
             loaded,
             exam=exam,
@@ -60,6 +63,7 @@ def compare(
             reward_model=reward_model,
             ask_judge=ask,
             judge_name=judge or "a judge",
+            watch=watch,
         )
     print_comparison(comparison, folder)
 

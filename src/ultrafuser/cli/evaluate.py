@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from ultrafuser.cli.progress import evaluation_bars, silence_other_bars
 from ultrafuser.errors import ConfigError
-
-if TYPE_CHECKING:
-    from ultrafuser.evaluation.run import Watch
 
 
 def evaluate(
@@ -57,7 +52,7 @@ def evaluate(
 
     Example: ultrafuser evaluate runs/demo/model --tasks gsm8k,humaneval --limit 100
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when lm-eval is imported: its bars would break ours
+    silence_other_bars()
     try:
         from ultrafuser.evaluation import harness  # noqa: F401
     except ImportError as error:
@@ -89,7 +84,7 @@ def evaluate(
     named = [parse_model(model) for model in models]
     if len({name for name, _ in named}) < len(named):
         raise ConfigError("two models have the same name: name them with NAME=PLACE")
-    with _progress() as watch:
+    with evaluation_bars() as watch:
         results = evaluate_models(dict(named), options, watch=watch)
     print(to_markdown(results))
 
@@ -102,21 +97,3 @@ def _places(sources: list[str]) -> dict[str, str]:
             raise ConfigError(f"--source {source!r}: write BENCHMARK=PLACE, as in math=problems.jsonl")
         places[benchmark] = place
     return places
-
-
-@contextmanager
-def _progress() -> Iterator[Watch]:
-    """A bar for each model and task on stderr, with the time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bars: dict[tuple[str, str], int] = {}
-
-        def watch(model: str, task: str, done: int, total: int) -> None:
-            if (model, task) not in bars:
-                bars[model, task] = progress.add_task(f"{model}: {task}", total=total)
-            progress.update(bars[model, task], completed=done, total=total)  # type: ignore[arg-type]
-
-        yield watch

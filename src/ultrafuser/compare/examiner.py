@@ -14,7 +14,7 @@ from ultrafuser.errors import ConfigError
 from ultrafuser.evaluation.catalog import TASKS, choose_tasks
 from ultrafuser.evaluation.intervals import wilson_interval
 from ultrafuser.evaluation.losses import score_losses
-from ultrafuser.evaluation.run import EvaluationOptions, evaluate_models
+from ultrafuser.evaluation.run import EvaluationOptions, Watch, evaluate_models
 from ultrafuser.generation import Generator
 
 LONGEST_ANSWER = 96  # tokens; the longest reference answers of the demo's exam have fewer
@@ -27,11 +27,11 @@ class Examiner(Protocol):
 
     name: str
 
-    def examine(self, generator: Generator) -> Marks:
-        """Marks and, where answers can be checked, which are right."""
+    def examine(self, generator: Generator, name: str) -> Marks:
+        """Marks and, where answers can be checked, which are right; `name` is shown with the progress."""
         ...
 
-    def examine_answers(self, generator: Generator) -> Marks:
+    def examine_answers(self, generator: Generator, name: str) -> Marks:
         """The same for a generator that answers but has no distribution to score.
 
         Raises:
@@ -52,7 +52,7 @@ class DemoExaminer:
     def __init__(self, domains: list[str], *, items_per_domain: int, seed: int) -> None:
         self.exam = make_exam(domains, items_per_domain=items_per_domain, seed=seed)
 
-    def examine(self, generator: Generator) -> Marks:
+    def examine(self, generator: Generator, name: str) -> Marks:  # noqa: ARG002
         """Score the reference answers, grade the generator's own."""
         marks, correct = {}, {}
         for domain, items in self.exam.items():
@@ -60,7 +60,7 @@ class DemoExaminer:
             marks[domain] = score.model_dump(exclude={"tokens"})
         return marks, correct
 
-    def examine_answers(self, generator: Generator) -> Marks:
+    def examine_answers(self, generator: Generator, name: str) -> Marks:  # noqa: ARG002
         """Grade the generator's answers."""
         correct = {
             domain: answer(generator, items, max_tokens=LONGEST_ANSWER)[1] for domain, items in self.exam.items()
@@ -85,7 +85,7 @@ class HeldOutExaminer:
         if empty := [domain for domain, records in self.records.items() if not records]:
             raise ConfigError(f"no held-out records in {', '.join(empty)}: raise data.test_fraction")
 
-    def examine(self, generator: Generator) -> Marks:
+    def examine(self, generator: Generator, name: str) -> Marks:  # noqa: ARG002
         """Score the responses of all records."""
         marks: dict[str, dict[str, float | int | None]] = {}
         for domain, records in self.records.items():
@@ -93,7 +93,7 @@ class HeldOutExaminer:
             marks[domain] = {"loss": loss.value, "loss_low": loss.low, "loss_high": loss.high, "n": len(records)}
         return marks, {}
 
-    def examine_answers(self, generator: Generator) -> Marks:  # noqa: ARG002
+    def examine_answers(self, generator: Generator, name: str) -> Marks:  # noqa: ARG002
         """Nobody can check answers to held-out records."""
         raise ConfigError("held-out records say nothing about chosen answers: use an exam whose answers are checked")
 
@@ -117,6 +117,7 @@ class BenchmarkExaminer:
         limit: Questions of each task.
         max_tokens: No answer is longer, whatever its task allows.
         questions: What to time answers on.
+        watch: Told of progress.
     """
 
     name = "benchmarks"
@@ -130,16 +131,17 @@ class BenchmarkExaminer:
         limit: int,
         max_tokens: int | None = None,
         questions: list[Conversation],
+        watch: Watch | None = None,
     ) -> None:
         self.tasks = choose_tasks(tasks)
         if judged := [task for task in self.tasks if TASKS[task].kind == "judge"]:
             raise ConfigError(f"{judged[0]} is judged, which has no accuracy: run `ultrafuser evaluate` on it")
         self.options = EvaluationOptions(tasks=self.tasks, folder=folder, data=data, limit=limit, max_tokens=max_tokens)
-        self.asked = questions
+        self.asked, self.watch = questions, watch
 
-    def examine(self, generator: Generator) -> Marks:
+    def examine(self, generator: Generator, name: str) -> Marks:
         """Headline metric of each task, and which answers are right where answers are written."""
-        results = evaluate_models({"model": generator}, self.options)
+        results = evaluate_models({name: generator}, self.options, watch=self.watch)
         marks: dict[str, dict[str, float | int | None]] = {}
         for score in results.scores:
             headline = score.metrics[TASKS[score.task].headline]
@@ -158,11 +160,11 @@ class BenchmarkExaminer:
                 correct[task] = [item.values[TASKS[task].headline] == 1.0 for item in items]
         return marks, correct
 
-    def examine_answers(self, generator: Generator) -> Marks:
+    def examine_answers(self, generator: Generator, name: str) -> Marks:
         """The same, where no task scores given answers."""
         if scored := [task for task in self.tasks if TASKS[task].kind == "scores"]:
             raise ConfigError(f"{scored[0]} scores given answers, which chosen answers cannot be")
-        return self.examine(generator)
+        return self.examine(generator, name)
 
     def questions(self) -> list[Conversation]:
         """What was given to time answers on."""

@@ -29,6 +29,7 @@ from ultrafuser.compare.workshop import Plan, Workshop
 from ultrafuser.config.recipe import Recipe
 from ultrafuser.errors import ConfigError, ModelError
 from ultrafuser.evaluation.provenance import hardware, versions
+from ultrafuser.evaluation.run import Watch
 from ultrafuser.files import write_text_atomically
 from ultrafuser.generation import Generator, SamplingParams
 from ultrafuser.model.fused import FusedForCausalLM
@@ -49,6 +50,7 @@ def compare(
     reward_model: str | None = None,
     ask_judge: Callable[[Sequence[str]], list[str]] | None = None,
     judge_name: str = "a judge",
+    watch: Watch | None = None,
 ) -> Comparison:
     """Make, train and examine every baseline of a recipe; returns all rows and writes them to `<folder>/compare/`.
 
@@ -63,13 +65,14 @@ def compare(
         reward_model: Folder or hub id of a reward model, for selection among the specialists' answers.
         ask_judge: Prompts to replies of a judge, for the same.
         judge_name: Who that is; another judge gets a new row.
+        watch: Told of progress in benchmarks.
 
     Raises:
         ConfigError: The recipe has nothing to compare, a name of `only` is unknown, or the folder holds a comparison
             of other ingredients.
     """
     workshop = Workshop(recipe, reward_model=reward_model, ask_judge=ask_judge, judge_name=judge_name)
-    examiner = _examiner(workshop, exam, limit, tasks, data, max_tokens)
+    examiner = _examiner(workshop, exam, limit, tasks, data, max_tokens, watch)
     transformers_logging.disable_progress_bar()  # dozens of small models are loaded
     console = Console(stderr=True, highlight=False)
     plans = list(workshop.plans())
@@ -105,7 +108,9 @@ def _row(plan: Plan, workshop: Workshop, examiner: Examiner) -> Row:
     """Make and examine one model. What cannot be made for this recipe is a row that says why."""
     try:
         made = plan.make()
-        marks, correct = (examiner.examine if made.has_distribution else examiner.examine_answers)(made.generator)
+        marks, correct = (examiner.examine if made.has_distribution else examiner.examine_answers)(
+            made.generator, plan.name
+        )
     except (ConfigError, ModelError) as error:
         return Row(name=plan.name, what=plan.what, skipped=str(error))
     served, device = _served(made.model), made.model.device
@@ -176,7 +181,13 @@ def _badness(mark: Mapping[str, float | int | None]) -> float:
 
 
 def _examiner(
-    workshop: Workshop, exam: str, limit: int, tasks: Sequence[str], data: Path | None, max_tokens: int | None
+    workshop: Workshop,
+    exam: str,
+    limit: int,
+    tasks: Sequence[str],
+    data: Path | None,
+    max_tokens: int | None,
+    watch: Watch | None,
 ) -> Examiner:
     makers: Mapping[str, Callable[[], Examiner]] = {
         "held-out": lambda: HeldOutExaminer(workshop.trainer.dataset, limit=limit),
@@ -190,6 +201,7 @@ def _examiner(
             limit=limit,
             max_tokens=max_tokens,
             questions=HeldOutExaminer(workshop.trainer.dataset, limit=2).questions(),
+            watch=watch,
         ),
     }
     if exam not in makers:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ultrafuser.compare.comparison import Comparison, Row
 
 NONE = "–"
-COST_COLUMNS = ("trained", "served", "training, s", "ms/token", "weights, MB", "peak, MB")
+COST_COLUMNS = ("trained", "served", "train s", "ms/token", "weights MB", "peak MB")
 
 
 def markdown_table(comparison: Comparison) -> str:

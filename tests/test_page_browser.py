@@ -453,7 +453,9 @@ def test_a_server_that_goes_away_is_found_when_it_returns(visit: Opener, server:
     send(page, "two")
     await_text(page, "#notice p", "The server cannot be reached. Trying to reach the server")
     with scripted_server(server.server_address[1]) as returned:
+        returned.specialists = ("law", "art", "food")
         await_text(page, "#notice p", "The server is back.")
+        assert page.locator("#switches .name").all_text_contents() == ["law", "art", "food"]
         page.get_by_role("button", name="Ask again").click()
         await_text(page, ".turn:nth-child(2) .tokens", "Good day")
         page.goto("about:blank")  # lets go of the connection
@@ -483,6 +485,24 @@ def test_a_server_with_a_key_asks_for_it_and_gets_it(visit: Opener, server: Scri
     copied = page.evaluate("navigator.clipboard.readText()")
     assert "s3cret" not in copied
     assert "$OPENAI_API_KEY" in copied
+
+
+def test_a_key_that_is_refused_in_the_middle_costs_no_setting(page: Any, server: ScriptedServer):
+    page.get_by_role("button", name="Solo: math").click()
+    server.key = "another"
+    send(page)
+    page.locator("#key-dialog").wait_for()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Enter a key").click()
+    page.get_by_role("textbox", name="API key").fill("not a key\u20ac")
+    page.keyboard.press("Enter")
+    assert page.locator("#key-dialog").is_visible(), "that can be no key"
+    page.get_by_role("textbox", name="API key").fill("another")
+    page.keyboard.press("Enter")
+    await_text(page, ".tokens", "Good day")
+
+    assert server.bodies[-1]["fusion"]["override"] == {"math": 1}
+    assert page.get_by_role("button", name="Solo: math").get_attribute("aria-pressed") == "true"
 
 
 # What a model may write.

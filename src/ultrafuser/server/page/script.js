@@ -181,7 +181,7 @@ async function explain(error, again) {
     throw error;
   }
   if (error.status === 401) {
-    if (await askKey(error.message)) return again?.run() ?? connect();
+    if (await askKey(error.message)) return (again?.run ?? connect)();
     return showNotice(error.message, { action: { label: "Enter a key", run: () => explain(error, again) } });
   }
   const waits = error.status === 503 || error.status === 429 ? error.retryAfterS : null;
@@ -197,16 +197,23 @@ async function reconnect(message, again) {
   for (let attempt = 0; ; attempt += 1) {
     await pause(RETRY_S[Math.min(attempt, RETRY_S.length - 1)]);
     if (mine !== reconnecting) return;
+    let found;
     try {
-      await listModels();
+      [found] = await listModels();
     } catch (error) {
       if (error instanceof ConnectionLost) continue;
       return explain(error, again);
     }
     if (model === null) return connect();
+    if (isAnother(found)) await connect();
     if (running === null) showNotice("The server is back.", { kind: "good", action: again });
     return;
   }
+}
+
+/** Whether a server that was started anew serves another model. */
+function isAnother(found) {
+  return found.id !== model.id || String(found.fusion?.specialists) !== String(model.fusion?.specialists);
 }
 
 /** Wait, but not beyond the moment when the machine is online again. */

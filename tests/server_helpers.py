@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,11 +50,16 @@ def make_engine(**options: Any) -> EngineThread:
 class _Running:
     """A request of the scripted engine."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: FakeEngine) -> None:
+        self.owner, self.started = owner, False
         self.cancelled = threading.Event()
 
     def cancel(self) -> None:
-        self.cancelled.set()
+        with self.owner.lock:
+            if not self.started and not self.cancelled.is_set():
+                self.owner.num_waiting -= 1
+                self.owner.num_cancelled += 1
+            self.cancelled.set()
 
 
 class FakeEngine(EngineThread):
@@ -68,6 +74,7 @@ class FakeEngine(EngineThread):
         num_slots: Requests at once.
         max_waiting: Requests in the queue.
         max_context: Tokens.
+        wide: Each token's text is repeated so often.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class FakeEngine(EngineThread):
         num_slots: int = 16,
         max_waiting: int = 256,
         max_context: int = 2000,
+        wide: int = 1,
     ) -> None:
         self.reply, self.delay_s, self.fails_after, self.error = reply, delay_s, fails_after, error
         self.hangs_after, self.num_slots, self.max_waiting = hangs_after, num_slots, max_waiting
@@ -90,8 +98,8 @@ class FakeEngine(EngineThread):
         self.requests: list[GenerationRequest] = []
         self.running: set[_Running] = set()
         self.num_waiting = self.num_cancelled = self.written = 0
-        self._lock = threading.Lock()
-        self._slots = threading.Semaphore(num_slots)
+        self.wide, self.lock = wide, threading.Lock()
+        self._slots = ThreadPoolExecutor(num_slots)
 
     def encode_conversation(self, conversation: Conversation) -> tuple[Ids, ...]:
         if conversation[-1].role != "user":
@@ -107,17 +115,17 @@ class FakeEngine(EngineThread):
     def submit(self, request: GenerationRequest, listener: Listener) -> Any:
         if unknown := (set(request.without) | set(request.weights or ())) - set(self.names):
             raise RequestError(f"no specialist {min(unknown)!r}")
-        with self._lock:
+        with self.lock:
             if self.num_waiting >= self.max_waiting:
                 raise BusyError("the queue is full")
             self.num_waiting += 1
             self.requests.append(request)
-        handle = _Running()
-        threading.Thread(target=self._run, args=(request, listener, handle), daemon=True).start()
+        handle = _Running(self)
+        self._slots.submit(self._run, request, listener, handle)
         return handle
 
     def stats(self) -> EngineStats:
-        with self._lock:
+        with self.lock:
             running = len(self.running)
         return EngineStats(running, self.num_waiting, self.num_slots, 0, 0, self.written, 0, 0, self.written)
 
@@ -135,26 +143,21 @@ class FakeEngine(EngineThread):
         del timeout_s
         for handle in list(self.running):
             handle.cancel()
+        self._slots.shutdown(wait=False)
 
     def _run(self, request: GenerationRequest, listener: Listener, handle: _Running) -> None:
-        while not self._slots.acquire(timeout=0.01):
+        with self.lock:
             if handle.cancelled.is_set():
-                break
-        else:
-            try:
-                with self._lock:
-                    self.num_waiting -= 1
-                    self.running.add(handle)
-                for choice in range(request.params.n):
-                    self._write(request, choice, listener, handle)
-            finally:
-                with self._lock:
-                    self.running.discard(handle)
-                self._slots.release()
-            return
-        with self._lock:
+                return
+            handle.started = True
             self.num_waiting -= 1
-            self.num_cancelled += 1
+            self.running.add(handle)
+        try:
+            for choice in range(request.params.n):
+                self._write(request, choice, listener, handle)
+        finally:
+            with self.lock:
+                self.running.discard(handle)
 
     def _write(self, request: GenerationRequest, choice: int, listener: Listener, handle: _Running) -> None:
         asked = self.decode(request.prompts[0])
@@ -177,7 +180,7 @@ class FakeEngine(EngineThread):
                 return
             before, after = (raw[:end].decode(errors="ignore") for end in (position, position + 1))
             self.written += 1
-            listener(StreamEvent(choice, (self._piece(token, after[len(before) :], params.log_probs),)))
+            listener(StreamEvent(choice, (self._piece(token, after[len(before) :] * self.wide, params.log_probs),)))
         whole = len(ids) == len(raw)
         listener(StreamEvent(choice, finish_reason="stop" if whole else "length"))
 

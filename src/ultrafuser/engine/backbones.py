@@ -40,6 +40,15 @@ class ModelBackbone:
         self.hidden_size = model.get_output_embeddings().weight.shape[1]
         self.kv_heads = _probe_heads(model, name)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Weights that one pass reads: all, and not the embeddings where the head is another matrix."""
+        total = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        inputs: Any = self.model.get_input_embeddings()
+        outputs: Any = self.model.get_output_embeddings()
+        tied = inputs.weight is outputs.weight
+        return int(total if tied else total - inputs.weight.numel() * inputs.weight.element_size())
+
     @torch.no_grad()
     def hidden(
         self,

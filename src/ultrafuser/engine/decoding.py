@@ -5,6 +5,7 @@ Shapes: M rows whose next token is chosen, N specialists, H hidden size, V vocab
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,21 +38,30 @@ class Block:
 
 @dataclass(slots=True)
 class Advance:
-    """What a pass gave one choice: tokens that may be shown, why it is over (if it is), and how many guesses agreed."""
+    """What a pass gave one choice: tokens that may be shown, why it is over (if it is), how many tokens it took."""
 
     pieces: list[TokenPiece]
     reason: FinishReason | None
     num_tokens: int
     error: str = ""
+    agreed: bool | None = None  # with what specialists that were left out until now would have changed
 
 
-def decode(runner: Runner, blocks: Sequence[Block], *, skipped: Mapping[int, set[int]] | None = None) -> list[Advance]:
+def decode(
+    runner: Runner,
+    blocks: Sequence[Block],
+    *,
+    skipped: Mapping[int, set[int]] | None = None,
+    audited: Mapping[int, set[int]] | None = None,
+) -> list[Advance]:
     """Read the blocks with all their specialists and take the tokens that the fused model chooses.
 
     Args:
         runner: The model.
         blocks: One for each choice, in the order of their slots.
         skipped: Views of a choice (by its slot) that do not run in this pass.
+        audited: Views of a choice that run now and did not before: `Advance.agreed` says whether the token would have
+            been the same without them.
     """
     skipped = skipped or {}
     views = range(runner.num_specialists)
@@ -72,7 +82,12 @@ def decode(runner: Runner, blocks: Sequence[Block], *, skipped: Mapping[int, set
     }
     weights = _weigh(runner, blocks, rows, skipped)
     logits = runner.fused(rows, weights)
-    return _take(runner, blocks, logits, weights, skipped)
+    without = _without(runner, blocks, rows, audited) if audited else {}
+    advances = _take(runner, blocks, logits, weights, skipped)
+    for block, advance in zip(blocks, advances, strict=True):
+        if block.choice.slot in without and advance.num_tokens:
+            advance.agreed = without[block.choice.slot] == block.choice.response[-1]
+    return advances
 
 
 def _runs(choice: Choice, view: int, skipped: Mapping[int, set[int]]) -> bool:
@@ -131,6 +146,19 @@ def _weigh(
     none = torch.full((scores.shape[1],), torch.nan)
     fixed = torch.stack([none if block.choice.weights is None else block.choice.weights for block in blocks])
     return runner.weights(scores, active, fixed.to(device).repeat_interleave(counts, dim=0))
+
+
+def _without(
+    runner: Runner, blocks: Sequence[Block], rows: Mapping[int, Tensor], audited: Mapping[int, set[int]]
+) -> dict[int, int]:
+    """The token of each audited choice, by slot, had its views been left out."""
+    logits = runner.fused(rows, _weigh(runner, blocks, rows, audited))
+    starts = itertools.accumulate((block.rows for block in blocks), initial=0)
+    return {
+        block.choice.slot: block.choice.sampler.pick(logits[row], block.choice.response)
+        for block, row in zip(blocks, starts, strict=False)
+        if block.choice.slot in audited
+    }
 
 
 def _take(

@@ -28,6 +28,7 @@ from ultrafuser.engine.prefill import first_logits, first_weights, has_read_prom
 from ultrafuser.engine.requests import EngineStats, GenerationRequest, Listener
 from ultrafuser.engine.runner import Runner, RunnerKind
 from ultrafuser.engine.sampling import Sampler
+from ultrafuser.engine.skipping import Absences
 from ultrafuser.engine.weights import WeightFormat
 from ultrafuser.errors import ModelError, RequestError
 from ultrafuser.model.build import read_templates
@@ -47,6 +48,10 @@ class EngineOptions:
         weights: Their format; "exact" gives the model's own tokens.
         drafts: Kinds of speculation; none to decode plainly.
         max_draft_choices: With more choices in the batch nothing is drafted.
+        skip_below: Weight under which a specialist is left out until it catches up; not exact, nothing is drafted with
+            it, and `EngineStats` says how often it changed nothing. 0 runs everybody.
+        static_shapes: Decode in steps of constant shape, on CUDA as graphs; None does so on CUDA.
+        release_model: Give back the memory of weights that the engine has packed: the model can then do nothing else.
     """
 
     max_context: int = 0
@@ -57,6 +62,9 @@ class EngineOptions:
     weights: WeightFormat = "exact"
     drafts: tuple[DraftKind, ...] = ("lookup", "self")
     max_draft_choices: int = 2
+    skip_below: float = 0.0
+    static_shapes: bool | None = None
+    release_model: bool = False
 
 
 @dataclass(slots=True)
@@ -66,12 +74,16 @@ class _Counters:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     steps: int = 0
+    skipped_passes: int = 0
+    audited_tokens: int = 0
+    agreed_tokens: int = 0
 
 
 @dataclass(slots=True)
 class _Memory:
     """What the engine remembers of a running choice besides the choice itself."""
 
+    absences: Absences
     history: DraftHistory = field(default_factory=DraftHistory)
     lookup: Lookup | None = None
     siblings: list[Choice] = field(default_factory=list)  # choices that wait for this one to read their prompt
@@ -115,9 +127,12 @@ class Engine:
             kind=options.runner,
             form=options.weights,
             draft=draft,
+            static_shapes=options.static_shapes,
+            release=options.release_model,
         )
         self.num_slots = num_slots
-        kinds = tuple(kind for kind in options.drafts if kind != "model" or draft is not None)
+        drafts = () if options.skip_below else options.drafts
+        kinds = tuple(kind for kind in drafts if kind != "model" or draft is not None)
         if len(self.names) == 1:  # one specialist cannot run ahead of itself
             kinds = tuple(kind for kind in kinds if kind != "self")
         self.planner = Planner(kinds, num_specialists=len(self.names), max_choices=options.max_draft_choices)
@@ -135,6 +150,16 @@ class Engine:
     def num_waiting(self) -> int:
         """Choices that have no slot yet."""
         return sum(len(group) for group in self._waiting)
+
+    @property
+    def num_decoding(self) -> int:
+        """Choices that have read their prompt."""
+        return len(self._decoding())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights that a decoding pass reads: of all specialists, embeddings left out."""
+        return self.runner.weight_bytes
 
     @property
     def has_work(self) -> bool:
@@ -224,6 +249,9 @@ class Engine:
             drafted_tokens=c.drafted_tokens,
             accepted_tokens=c.accepted_tokens,
             steps=c.steps,
+            skipped_passes=c.skipped_passes,
+            audited_tokens=c.audited_tokens,
+            agreed_tokens=c.agreed_tokens,
         )
 
     def _decoding(self) -> list[Choice]:
@@ -235,7 +263,7 @@ class Engine:
             for choice in (first, *siblings):
                 choice.slot = len(self._running)
                 self._running.append(choice)
-                self._memory[id(choice)] = _Memory()
+                self._memory[id(choice)] = _Memory(Absences(self.options.skip_below))
             first.state = State.PREFILL
             self._memory[id(first)].siblings = siblings
 
@@ -295,12 +323,17 @@ class Engine:
         rows = [plan.length if plan.kind == "self" else len(draft) + 1 for draft in drafts]
         blocks = [Block(*parts) for parts in zip(choices, drafts, rows, known, strict=True)]
         pending = [len(c.pending(len(self.names))) if self.has_draft_model else 0 for c in choices]
-        advances = decode(self.runner, blocks)
+        absences = {choice.slot: self._memory[id(choice)].absences.of(choice) for choice in choices}
+        absent = {slot: views for slot, (views, _) in absences.items() if views}
+        returning = {slot: views for slot, (_, views) in absences.items() if views}
+        slots = [choice.slot for choice in choices]
+        advances = decode(self.runner, blocks, skipped=absent, audited=returning)
         if plan.kind != "self":
             self.planner.costs.observe_pass(len(choices), max(rows), time.perf_counter() - began)
         self._counters.steps += 1
-        for block, advance, waits in zip(blocks, advances, pending, strict=True):
+        for block, advance, waits, slot in zip(blocks, advances, pending, slots, strict=True):
             self._remember(block, advance, plan)
+            self._account(block.choice, advance, absent.get(slot, set()))
             if plan.kind == "model":
                 block.choice.seen[-1] += waits + min(max(advance.num_tokens - 1, 0), plan.length - 1)
             self._settle(block.choice, advance)
@@ -341,6 +374,13 @@ class Engine:
         self._memory[id(block.choice)].history.observe(plan, agreed, len(block.drafts))
         self._counters.drafted_tokens += len(block.drafts)
         self._counters.accepted_tokens += agreed
+
+    def _account(self, choice: Choice, advance: Advance, absent: set[int]) -> None:
+        self._memory[id(choice)].absences.observe(choice.last_weights, absent)
+        self._counters.skipped_passes += len(absent)
+        if advance.agreed is not None:
+            self._counters.audited_tokens += 1
+            self._counters.agreed_tokens += advance.agreed
 
     def _settle(self, choice: Choice, advance: Advance) -> None:
         """Tell the listener; a choice that is over leaves."""

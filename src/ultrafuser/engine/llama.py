@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ultrafuser.engine.slots import SlotCache, SlotView
@@ -105,6 +105,12 @@ class LlamaStack:
         """Heads and their size, of each layer's keys and values."""
         return [(self.num_kv_heads, self.head_size)] * len(self.qkv)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Weights that one pass reads, embeddings left out."""
+        products = [*self.qkv, *self.out, *self.gate_up, *self.down, self.head]
+        return sum(product.num_bytes for product in products)
+
     def hidden(
         self,
         ids: Int[Tensor, "G B T"],
@@ -122,9 +128,13 @@ class LlamaStack:
             slots: The slot of each choice.
             member: The one that runs, or None for all.
         """
+        view = SlotView(cache, slots, member, starts.t().reshape(-1), ids.shape[2])
+        return self.run(ids, view, member)
+
+    def run(self, ids: Int[Tensor, "G B T"], view: SlotView, member: int | None = None) -> Float[Tensor, "G B T H"]:
+        """As `hidden`, over rows of a cache that are chosen already."""
         num_members, num_choices, num_new = ids.shape
         members = range(self.num_members) if member is None else range(member, member + 1)
-        view = SlotView(cache, slots, member, starts.t().reshape(-1), num_new)
         mask = self._mask(view, num_new)
         # [R, 1, T, D], broadcast over heads
         cos, sin = self.cos[view.positions][:, None], self.sin[view.positions][:, None]
@@ -142,6 +152,15 @@ class LlamaStack:
     def logits(self, hidden: Float[Tensor, "G M H"], member: int | None = None) -> Float[Tensor, "G M V"]:
         """Logits of all members, or of one."""
         return self.head(hidden.contiguous(), member)
+
+    @staticmethod
+    def release(models: Sequence[PreTrainedModel]) -> None:
+        """Give back the memory of linear layers whose packed copies the stack multiplies with; embeddings stay."""
+        for model in models:
+            embedding = model.get_input_embeddings().weight
+            for module in model.modules():
+                if isinstance(module, nn.Linear) and module.weight is not embedding:
+                    module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def _attention(
         self,

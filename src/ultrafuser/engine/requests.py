@@ -91,6 +91,8 @@ class EngineStats:
         prompt_tokens, generated_tokens: Since the start; a prompt counts once, by its longest row.
         drafted_tokens, accepted_tokens: Of speculation, since the start.
         steps: Passes of the model since the start.
+        skipped_passes: Passes of one specialist that were left out (`EngineOptions.skip_below`).
+        audited_tokens, agreed_tokens: Tokens at which that was checked, and those that it did not change.
     """
 
     num_running: int
@@ -102,6 +104,9 @@ class EngineStats:
     drafted_tokens: int
     accepted_tokens: int
     steps: int
+    skipped_passes: int = 0
+    audited_tokens: int = 0
+    agreed_tokens: int = 0
 
 
 class RequestHandle(Protocol):

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ultrafuser.engine.backbones import ModelBackbone
+from ultrafuser.engine.graphs import StepGraphs
 from ultrafuser.engine.llama import LlamaStack, can_stack, is_llama_like
 from ultrafuser.engine.slots import SlotCache
 from ultrafuser.engine.weights import WeightFormat
@@ -41,6 +42,11 @@ class Backbone(Protocol):
     @property
     def kv_heads(self) -> list[tuple[int, int]]:
         """Heads and their size of each layer."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights that one pass reads."""
         ...
 
     def hidden(
@@ -78,6 +84,7 @@ class _Group:
     views: list[int]
     backbone: Backbone
     cache: SlotCache
+    graphs: StepGraphs | None = None
 
 
 class Runner:
@@ -91,6 +98,8 @@ class Runner:
         kind: "stacked" runs equal specialists in one pass, "sequential" never does, "auto" does where it is faster.
         form: Format of the weights; others than "exact" need Llama-like specialists on the CPU.
         draft: A small model of the same vocabulary that drafts.
+        static_shapes: Run steps of few tokens in constant shapes; None does so on CUDA.
+        release: Give back the memory of weights that were packed.
 
     Raises:
         ConfigError: An option that these specialists do not allow.
@@ -107,6 +116,8 @@ class Runner:
         kind: RunnerKind = "auto",
         form: WeightFormat = "exact",
         draft: PreTrainedModel | None = None,
+        static_shapes: bool | None = None,
+        release: bool = False,
     ) -> None:
         self.model = model
         self.num_specialists = len(model.names)
@@ -132,6 +143,12 @@ class Runner:
             )
             group = _Group(list(views), backbone, cache)
             check_backbone(group.backbone, cache, parts, [labels[view] for view in views], exact=form == "exact")
+            on_cuda = parts[0].device.type == "cuda"
+            if isinstance(backbone, LlamaStack):
+                if static_shapes if static_shapes is not None else on_cuda:
+                    group.graphs = StepGraphs(backbone, cache, compile_with="inductor" if on_cuda else None)
+                if release and form != "exact":
+                    backbone.release(parts)
             self.groups.append(group)
             self._place += [(group, member) for member in range(len(views))]
 
@@ -144,6 +161,11 @@ class Runner:
     def bytes_per_token(self) -> int:
         """Of cache, for one token of a choice in all views."""
         return sum(group.cache.bytes_per_token for group in self.groups)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights that one pass of all specialists reads."""
+        return sum(g.backbone.weight_bytes for g in self.groups if g.views[0] < self.num_specialists)
 
     def copy_slot(self, source: int, target: int, lengths: Sequence[int]) -> None:
         """Copy what a slot holds, `lengths` tokens of each view, to another."""
@@ -159,7 +181,12 @@ class Runner:
             together = len(wanted) == len(group.views) and len({tuple(feeds[view].slots) for view in wanted}) == 1
             if together:
                 ids, starts = _block([feeds[view] for view in wanted], group.backbone.device)
-                hidden = group.backbone.hidden(ids, starts, group.cache, feeds[wanted[0]].slots)
+                slots = feeds[wanted[0]].slots
+                if group.graphs is not None and group.graphs.takes(ids.shape[1], ids.shape[2], slots):
+                    longest = max(start for view in wanted for start in feeds[view].starts)
+                    hidden = group.graphs.hidden(ids, starts, longest)
+                else:
+                    hidden = group.backbone.hidden(ids, starts, group.cache, slots)
                 found |= dict(zip(wanted, hidden, strict=True))
                 continue
             for view in wanted:

@@ -73,9 +73,10 @@ class SlotView:
         n = cache.num_members
         device = starts.device
         adjacent = list(slots) == list(range(slots[0], slots[0] + len(slots)))
-        if adjacent and (member is None or n == 1):
-            self.rows: slice | Tensor = slice(slots[0] * n, (slots[0] + len(slots)) * n)
-            self.row_ids = torch.arange(self.rows.start, self.rows.stop, device=device)
+        if adjacent:
+            first, step = (slots[0] * n, 1) if member is None else (slots[0] * n + member, n)
+            self.rows: slice | Tensor = slice(first, (slots[0] + len(slots)) * n, step)
+            self.row_ids = torch.arange(first, (slots[0] + len(slots)) * n, step, device=device)
         else:
             base = torch.tensor(list(slots), device=device) * n
             members = torch.arange(n, device=device) if member is None else torch.tensor([member], device=device)

@@ -30,6 +30,8 @@ TALL = 2.0  # outputs per input from which a weight is stored transposed
 class Product(Protocol):
     """Rows times a weight, for a group of specialists or for one of its members."""
 
+    num_bytes: int  # of the weights, of the whole group
+
     def __call__(self, x: Float[Tensor, "G M I"], member: int | None = None) -> Float[Tensor, "G M O"]:
         """[G, M, I] to [G, M, O]; with `member` both have one specialist."""
         ...
@@ -60,6 +62,7 @@ class ExactProduct:
                 view.copy_(linear.weight.detach())
                 linear.weight.data = view  # the model goes on working, and nothing is held twice
                 start = stop
+        self.num_bytes = self.weight.numel() * self.weight.element_size()
         # In bf16 the kernels of oneDNN are as fast without.
         cut = on_cpu and weight.dtype == torch.float32 and num_out % num_threads == 0
         self.num_parts = num_threads if cut else 1
@@ -92,11 +95,13 @@ class PackedProduct:
     def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, form: WeightFormat) -> None:
         self.form = form
         self.packed = []
+        self.num_bytes = 0
         for linears in parts:
             weight = torch.cat([linear.weight.detach().float() for linear in linears])
             biases = [linear.bias for linear in linears]
             bias = torch.cat([b.detach().float() for b in biases if b is not None]) if biases[0] is not None else None
             self.packed.append(_pack(weight, bias, form))
+            self.num_bytes += weight.numel() * (2 if form == "half" else 1)
 
     def __call__(self, x: Tensor, member: int | None = None) -> Tensor:
         packed = self.packed if member is None else self.packed[member : member + 1]

@@ -1,0 +1,347 @@
+"""Decoding speed of the engine beside transformers and two obvious fused loops, in one run.
+
+    python benchmarks/decode.py --json decode.json        # the demo's and SmolLM2's fusion, where they are
+    python benchmarks/decode.py runs/x/model --quick      # any fused model, a few minutes
+
+Alternatives, each measured on the same prompts, to the same number of tokens, in fp32:
+  transformers   one specialist (the first) with a growing cache, called token by token
+  careful loop   every specialist with a growing cache, the gate, a weighted sum: what one writes by hand
+  no cache       the same, every token from the whole text again (as MoCo does)
+The engine runs one specialist, then 2, 3 and, with the first one once more, 4; stacked and one after another; with
+exact and with reduced weights; plain and with drafts, on text, code and math prompts, greedy and sampled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, DynamicCache
+
+from ultrafuser.chat.messages import Message
+from ultrafuser.demo.world.build import DOMAINS, make_items
+from ultrafuser.engine.bench import (
+    DecodeTiming,
+    Rows,
+    as_rows,
+    quality_loss,
+    read_bandwidth,
+    time_decoding,
+    time_prefill,
+)
+from ultrafuser.engine.drafts import DraftKind, Planner
+from ultrafuser.engine.engine import Engine, EngineOptions
+from ultrafuser.errors import ConfigError
+from ultrafuser.evaluation.provenance import hardware, versions
+from ultrafuser.files import write_text_atomically
+from ultrafuser.generation import SamplingParams
+from ultrafuser.model.build import read_templates
+from ultrafuser.model.fused import FusedForCausalLM
+from ultrafuser.model.fusion import fuse_logits, gate_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("ULTRAFUSER_DATA", ROOT.parent / "shared" / "data"))
+DRAFTS: tuple[tuple[DraftKind, ...], ...] = ((), ("lookup",), ("self",), ("lookup", "self"))
+DEMO = "runs/demo/model"
+PLACES = (DEMO, "runs/smollm2/stage1-gate")
+
+
+def read_prompts(place: str, num_each: int) -> dict[str, list[str]]:
+    """Questions that no training has seen: of the demo's own world, or of the benchmarks."""
+    if Path(place).resolve() == (ROOT / DEMO).resolve():
+        return {name: [item.question for item in make_items(name, "test", num_each, seed=7)] for name in DOMAINS}
+    if not DATA.is_dir():
+        raise SystemExit(
+            f"the benchmarks' questions are not in {DATA}: set ULTRAFUSER_DATA to the folder that has eval/"
+        )
+    alpaca = json.loads((DATA / "eval" / "alpaca_eval_text_davinci_003.json").read_text(encoding="utf-8"))
+    with gzip.open(DATA / "eval" / "humaneval.jsonl.gz", "rt", encoding="utf-8") as file:
+        code = [json.loads(line)["prompt"] for line in file]
+    with (DATA / "eval" / "gsm8k_test.jsonl").open(encoding="utf-8") as file:
+        math = [json.loads(line)["question"] for line in file]
+    # Every so many, so that they are not all of one kind.
+    picked = {"text": [item["instruction"] for item in alpaca], "code": code, "math": math}
+    return {domain: texts[5 :: len(texts) // (num_each + 1)][:num_each] for domain, texts in picked.items()}
+
+
+def transformers_ms(model: Any, ids: Sequence[int], num_tokens: int) -> float:
+    """Median milliseconds of a token of one specialist in transformers."""
+    cache = DynamicCache(config=model.config)
+    logits = model(input_ids=torch.tensor([list(ids)]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    times = []
+    for _ in range(num_tokens):
+        began = time.perf_counter()
+        token = logits[:, -1].argmax(dim=-1, keepdim=True)
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+        times.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(times)
+
+
+def loop_ms(model: FusedForCausalLM, rows: Rows, num_tokens: int, *, cached: bool) -> float:
+    """Median milliseconds of a token of the fused loop that one writes by hand, with a cache per specialist or none."""
+    specialists: list[Any] = list(model.specialists.values())
+    caches = [DynamicCache(config=s.config) if cached else None for s in specialists]
+    views = [torch.tensor([list(row)]) for row in rows]
+    new = views
+    times = []
+    for step in range(num_tokens + 1):
+        began = time.perf_counter()
+        hidden, logits = [], []
+        for specialist, ids, cache in zip(specialists, new, caches, strict=True):
+            output = specialist.base_model(input_ids=ids, past_key_values=cache, use_cache=cached)
+            hidden.append(output.last_hidden_state[:, -1])
+            logits.append(specialist.lm_head(hidden[-1]))
+        weights = gate_weights(model.fusion_gate(hidden, model.names))
+        token: Tensor = fuse_logits(logits, weights).argmax(dim=-1, keepdim=True)
+        views = [torch.cat([view, token], dim=1) for view in views]
+        new = [token] * len(views) if cached else views
+        if step:
+            times.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(times)
+
+
+def prefill_seconds(model: FusedForCausalLM, rows: Rows, repetitions: int = 3) -> float:
+    """Seconds in which transformers reads one prompt with every specialist, the best of a few."""
+    best = float("inf")
+    for _ in range(repetitions):
+        began = time.perf_counter()
+        for specialist, row in zip(model.specialists.values(), rows, strict=True):
+            cache = DynamicCache(config=specialist.config)  # type: ignore[arg-type]
+            specialist(input_ids=torch.tensor([list(row)]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+class Bench:
+    """All measurements of one fused model.
+
+    Args:
+        place: Its folder.
+        quick: A few tokens and prompts.
+    """
+
+    def __init__(self, place: str, *, quick: bool) -> None:
+        self.place = place
+        self.tokens = 16 if quick else 32
+        self.draft_tokens = 32 if quick else 96
+        self.tokenizer = AutoTokenizer.from_pretrained(place)
+        self.whole: FusedForCausalLM = FusedForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+        self.prompts = read_prompts(place, 2 if quick else 4)
+        self.seeds = (0,) if quick else (0, 1)
+        limits = [config.max_position_embeddings for config in self.whole.config.specialist_configs.values()]
+        self.context = min([1024, *limits])
+        self.timings: list[DecodeTiming] = []
+        self.ratios: dict[str, float] = {}
+
+    def engine(self, names: Sequence[str], **options: Any) -> Engine:
+        """An engine over some of the specialists; a name may come twice, for n = 4."""
+        templates = dict(zip(self.whole.names, read_templates(self.whole.config), strict=True))
+        parts = {
+            f"{name}{i}" if name in names[:i] else name: self.whole.specialists[name] for i, name in enumerate(names)
+        }
+        model = FusedForCausalLM.from_specialists(
+            parts,
+            templates=[templates[name] for name in names],
+            tokenizer=self.tokenizer,
+            gate_hidden_size=self.whole.config.gate_hidden_size,
+            gate_num_layers=self.whole.config.gate_num_layers,
+        )
+        model.fusion_gate.load_state_dict(self.whole.fusion_gate.state_dict())
+        settings = {"max_context": self.context, "drafts": (), **options}
+        return Engine(model, self.tokenizer, EngineOptions(**settings))
+
+    def rows(self, engine: Engine, texts: Sequence[str]) -> list[Rows]:
+        """Prompts of every specialist."""
+        return [engine.encoder.encode_prompt((Message("user", text),)) for text in texts]
+
+    def add(self, timing: DecodeTiming) -> DecodeTiming:
+        """Keep a line and show it."""
+        self.timings.append(timing)
+        t, bandwidth = timing, f"{timing.bandwidth:6.1f} GB/s" if timing.bandwidth else ""
+        print(
+            f"  {t.name:34} n={t.num_specialists} batch {t.batch:2}: {t.ms_per_token:7.1f} ms/token "
+            f"{t.tokens_per_s:7.1f} tokens/s {t.tokens_per_pass:5.2f} tokens/pass {bandwidth}",
+            flush=True,
+        )
+        return timing
+
+    def by_hand(
+        self, name: str, num_specialists: int, measure: Callable[[Rows], float], prompts: Sequence[Rows]
+    ) -> float:
+        """A line of an alternative, the median over prompts."""
+        ms = statistics.median(measure(rows) for rows in prompts)
+        self.add(DecodeTiming(name, num_specialists, 1, ms, 1e3 / ms, 1.0, None))
+        return ms
+
+    def run(self) -> None:
+        """Everything."""
+        names = list(self.whole.names)
+        everything = [text for texts in self.prompts.values() for text in texts]
+        prompts = self.rows(self.engine(names[:1]), everything)  # one template: for the lone specialist
+        base = [(row[0],) * len(names) for row in prompts]
+        one = self.by_hand(
+            "transformers",
+            1,
+            lambda r: transformers_ms(next(iter(self.whole.specialists.values())), r[0], self.tokens),
+            base[:3],
+        )
+        careful = self.by_hand(
+            "careful loop", len(names), lambda r: loop_ms(self.whole, r, self.tokens, cached=True), base[:3]
+        )
+        self.by_hand("no cache", len(names), lambda r: loop_ms(self.whole, r, 4, cached=False), base[:1])
+
+        alone = []
+        for name in names:
+            engine = self.engine([name])
+            alone.append(self.time(engine, everything, f"engine, {name} alone").ms_per_token)
+        for count in (2, 3, 4):
+            chosen = [*names, names[0]][:count]
+            for runner in ("sequential", "stacked"):
+                try:
+                    engine = self.engine(chosen, runner=runner)
+                except ConfigError as error:  # these specialists cannot be stacked
+                    print(f"  engine, {runner}, n={count}: {error}")
+                    continue
+                for batch in (1, 4, 16) if count == len(names) else (1,):
+                    self.time(engine, everything, f"engine, {runner}", batch=batch)
+        plain = {t.name: t for t in self.timings if t.num_specialists == len(names) and t.batch == 1}
+        best = min(
+            (plain[f"engine, {r}"] for r in ("sequential", "stacked") if f"engine, {r}" in plain),
+            key=lambda t: t.ms_per_token,
+        )
+        runner = best.name.removeprefix("engine, ")
+        self.ratios["fused / sum of its specialists alone"] = best.ms_per_token / sum(alone)
+        self.ratios["careful loop / engine"] = careful / best.ms_per_token
+        self.ratios["transformers, one specialist / engine, the same alone"] = one / alone[0]
+        many = max(
+            (t for t in self.timings if t.batch == 16 and t.num_specialists == len(names)), key=lambda t: t.tokens_per_s
+        )
+        self.ratios["16 together / one, tokens per second"] = many.tokens_per_s / best.tokens_per_s
+        self.prefill(names, runner)
+        self.speculate(names, runner=runner)
+        self.reduced(names, everything)
+
+    def time(self, engine: Engine, texts: Sequence[str], name: str, *, batch: int = 1) -> DecodeTiming:
+        """One line of the engine."""
+        prompts = self.rows(engine, texts)
+        chosen = prompts[:3] if batch == 1 else (prompts * batch)[:batch]
+        return self.add(time_decoding(engine, chosen, name=name, batch=batch, max_tokens=self.tokens))
+
+    def prefill(self, names: Sequence[str], runner: str) -> None:
+        """Reading a prompt of 512 tokens."""
+        engine = self.engine(names, runner=runner, chunk=512)
+        ids = tuple((self.tokenizer("The quick brown fox jumps over the lazy dog. " * 80)["input_ids"] * 10)[:512])
+        rows = (ids,) * len(names)
+        ours, theirs = time_prefill(engine, rows), prefill_seconds(self.whole, rows)
+        print(f"  512 prompt tokens, {len(names)} specialists: {1e3 * ours:.0f} ms, transformers {1e3 * theirs:.0f} ms")
+        self.ratios["prefill: transformers / engine"] = theirs / ours
+
+    def speculate(self, names: Sequence[str], **options: Any) -> None:
+        """Drafts on each domain, greedy and sampled, against plain decoding of the same prompts."""
+        form = options.get("weights", "exact")
+        engine = self.engine(names, **options)
+        for domain, texts in self.prompts.items():
+            prompts = self.rows(engine, texts)
+            for temperature in (0.0, 0.7):
+                seeds = self.seeds if temperature else self.seeds[:1]
+                speeds: dict[tuple[DraftKind, ...], list[float]] = {kinds: [] for kinds in DRAFTS}
+                # Plain and drafted take turns, so that what else the machine does meets all alike.
+                for seed in seeds:
+                    for kinds in DRAFTS:
+                        engine.planner = Planner(kinds, num_specialists=len(names), max_choices=1)
+                        label = f"{domain}, T={temperature:g}, {form}, {'+'.join(kinds) or 'plain'}"
+                        params = SamplingParams(temperature=temperature, seed=seed)
+                        timing = time_decoding(
+                            engine, prompts, name=label, batch=1, max_tokens=self.draft_tokens, params=params
+                        )
+                        speeds[kinds].append(self.add(timing).tokens_per_s)
+                for kinds in DRAFTS[1:]:
+                    ratio = statistics.median(speeds[kinds]) / statistics.median(speeds[()])
+                    self.ratios[f"{domain}, T={temperature:g}, {form}: {'+'.join(kinds)} / plain"] = ratio
+
+    def reduced(self, names: Sequence[str], everything: Sequence[str]) -> None:
+        """Weights in fp16 and int8, with what they lose."""
+        exact = self.engine(names)
+        texts = [tuple(self.tokenizer(text)["input_ids"][:256]) for text in everything]
+        for form in ("half", "int8"):
+            engine = self.engine(names, weights=form)
+            timing = self.time(engine, everything, f"engine, {form} weights")
+            for batch in (4, 16):
+                self.time(engine, everything, f"engine, {form} weights", batch=batch)
+            loss = quality_loss(engine, exact, [ids for ids in texts if len(ids) > 1])
+            print(
+                f"    {form}: {loss.loss:.4f} nats/token, exact {loss.exact_loss:.4f}, "
+                f"same most likely token {loss.agreement:.2%}"
+            )
+            self.ratios[f"{form}: nats/token more than exact"] = loss.loss - loss.exact_loss
+            self.ratios[f"{form}: same most likely token"] = loss.agreement
+            self.ratios[f"{form}: exact / {form}, ms per token"] = (
+                min(
+                    t.ms_per_token
+                    for t in self.timings
+                    if t.name in ("engine, sequential", "engine, stacked")
+                    and t.batch == 1
+                    and t.num_specialists == len(names)
+                )
+                / timing.ms_per_token
+            )
+        self.speculate(names, weights="half")
+
+
+def main() -> None:
+    """Measure, print, and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="fused models; default: the demo's and SmolLM2's, where they are")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(False)
+    places = options.models or [str(ROOT / place) for place in PLACES if (ROOT / place / "config.json").is_file()]
+    if not places:
+        raise SystemExit("no fused model is there: name one, or run `make demo` first")
+    report: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "threads": options.threads,
+        "read_bandwidth_gb_per_s": read_bandwidth(),
+        "models": {},
+    }
+    print(f"memory is read at {report['read_bandwidth_gb_per_s']:.1f} GB/s with {options.threads} threads")
+    for place in places:
+        label = str(Path(place).resolve().relative_to(ROOT)) if Path(place).resolve().is_relative_to(ROOT) else place
+        print(label)
+        bench = Bench(place, quick=options.quick)
+        bench.run()
+        for name, ratio in bench.ratios.items():
+            print(f"    {name}: {ratio:.3f}")
+        fractions = {
+            f"{t.name}, n={t.num_specialists}": t.bandwidth / report["read_bandwidth_gb_per_s"]
+            for t in bench.timings
+            if t.bandwidth and t.batch == 1
+        }
+        report["models"][label] = {
+            "timings": as_rows(bench.timings),
+            "ratios": bench.ratios,
+            "fraction_of_read_bandwidth": fractions,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        if options.json is not None:
+            write_text_atomically(json.dumps(report, indent=1) + "\n", options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""How fast an engine decodes, as ratios against named alternatives on the same machine in the same run.
+
+Times are medians over steps or over prompts. Everything runs to `max_tokens`, whatever the model would have said.
+
+Shapes: B choices at once, n specialists.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ultrafuser.engine.engine import Engine
+from ultrafuser.engine.requests import GenerationRequest, Ids, StreamEvent, TokenPiece
+from ultrafuser.generation import SamplingParams
+
+Rows = tuple[Ids, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTiming:
+    """One line of the table.
+
+    Attributes:
+        name: What was measured.
+        num_specialists: n.
+        batch: B.
+        ms_per_token: Of one choice: median time of a pass over tokens it gave.
+        tokens_per_s: Of all choices together, median over repetitions.
+        tokens_per_pass: More than 1 where drafts were kept.
+        bandwidth: GB/s at which weights were read, each once a pass; None with drafts.
+    """
+
+    name: str
+    num_specialists: int
+    batch: int
+    ms_per_token: float
+    tokens_per_s: float
+    tokens_per_pass: float
+    bandwidth: float | None
+
+
+def read_bandwidth(num_bytes: int = 800 * 2**20, repetitions: int = 5) -> float:
+    """GB/s at which this machine reads memory that is in no cache, with torch's threads: the best of a few sums."""
+    values = torch.ones(num_bytes // 4)
+    best = min(_seconds(values.sum) for _ in range(repetitions))
+    return num_bytes / best / 1e9
+
+
+def time_decoding(
+    engine: Engine,
+    prompts: Sequence[Rows],
+    *,
+    name: str,
+    batch: int,
+    max_tokens: int,
+    params: SamplingParams = SamplingParams(),
+) -> DecodeTiming:
+    """Decode `batch` prompts at once, repeated over all prompts; reading the prompts is not counted.
+
+    Args:
+        engine: Idle.
+        prompts: A multiple of `batch` of them; what is left over is not used.
+        name: Of the line.
+        batch: B.
+        max_tokens: Tokens of every answer.
+        params: Temperature and seed; the rest is set here.
+    """
+    speeds, passes, pass_ms = [], [], []
+    for first in range(0, len(prompts) - batch + 1, batch):
+        _read_prompts(engine, prompts[first : first + batch], params, max_tokens)
+        before = engine.stats()
+        times = []
+        while engine.num_decoding == batch:
+            times.append(_seconds(engine.step))
+        after = engine.stats()
+        while engine.step():
+            continue
+        tokens = after.generated_tokens - before.generated_tokens
+        speeds.append(tokens / sum(times))
+        passes.append(tokens / batch / len(times))
+        pass_ms.append(1e3 * statistics.median(times))
+    per_pass = statistics.median(passes)
+    step_ms = statistics.median(pass_ms)
+    return DecodeTiming(
+        name=name,
+        num_specialists=len(engine.names),
+        batch=batch,
+        ms_per_token=1e3 * batch / statistics.median(speeds),
+        tokens_per_s=statistics.median(speeds),
+        tokens_per_pass=per_pass,
+        bandwidth=None if engine.planner.kinds else engine.weight_bytes / step_ms / 1e6,
+    )
+
+
+def time_prefill(engine: Engine, rows: Rows, repetitions: int = 3) -> float:
+    """Seconds to read one prompt and choose the first token, the best of a few."""
+    best = float("inf")
+    for _ in range(repetitions):
+        engine.add(GenerationRequest(rows, SamplingParams(max_tokens=1)), _ignore)
+        began = time.perf_counter()
+        while engine.step():
+            continue
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class QualityLoss:
+    """What reduced weights lose against exact ones on the same text.
+
+    Attributes:
+        loss, exact_loss: Nats per token.
+        agreement: Share of positions where both find the same token most likely.
+        num_tokens: Positions.
+    """
+
+    loss: float
+    exact_loss: float
+    agreement: float
+    num_tokens: int
+
+
+def quality_loss(reduced: Engine, exact: Engine, texts: Sequence[Ids]) -> QualityLoss:
+    """Compare two engines over the same specialists on plain text: every specialist reads the same ids."""
+    pairs = [
+        (a, b)
+        for ids in texts
+        for a, b in zip(_scores(reduced, ids), _scores(exact, ids), strict=True)
+        if a.log_prob is not None and b.log_prob is not None
+    ]
+    return QualityLoss(
+        loss=-sum(a.log_prob or 0.0 for a, _ in pairs) / len(pairs),
+        exact_loss=-sum(b.log_prob or 0.0 for _, b in pairs) / len(pairs),
+        agreement=sum(a.top[0][0] == b.top[0][0] for a, b in pairs) / len(pairs),
+        num_tokens=len(pairs),
+    )
+
+
+def as_rows(timings: Sequence[DecodeTiming]) -> list[dict[str, object]]:
+    """Plain values, for JSON."""
+    return [asdict(timing) for timing in timings]
+
+
+def _read_prompts(engine: Engine, prompts: Sequence[Rows], params: SamplingParams, max_tokens: int) -> None:
+    """Bring prompts so far that all of them decode."""
+    for number, rows in enumerate(prompts):
+        seed = None if params.seed is None else params.seed + number
+        wanted = SamplingParams(
+            max_tokens=max_tokens, temperature=params.temperature, top_p=params.top_p, seed=seed, ignore_end=True
+        )
+        engine.add(GenerationRequest(rows, wanted), _ignore)
+    while engine.num_decoding < len(prompts):
+        engine.step()
+
+
+def _scores(engine: Engine, ids: Ids) -> list[TokenPiece]:
+    pieces: list[TokenPiece] = []
+
+    def listen(event: StreamEvent) -> None:
+        pieces.extend(event.prompt)
+
+    params = SamplingParams(max_tokens=1, log_probs=1)
+    engine.add(GenerationRequest((ids,) * len(engine.names), params, score_prompt=True), listen)
+    while engine.step():
+        continue
+    return pieces
+
+
+def _seconds(function: object) -> float:
+    assert callable(function)
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def _ignore(event: StreamEvent) -> None:
+    del event

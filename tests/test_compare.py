@@ -279,6 +279,26 @@ def test_benchmarks_take_the_place_of_domains(tmp_path: Path):
     assert set(rows["best specialist"].marks) == {"tiny_choice", "tiny_truth"}
 
 
+def test_missing_data_are_said_before_anything_is_trained(tmp_path: Path):
+    with pytest.raises(DataError, match="math is not among the data files"):
+        compare(
+            make_recipe(tmp_path), exam="benchmarks", tasks=["gsm8k", "math"], places={"gsm8k": "embedded"}, limit=2
+        )
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_questions_get_rows_of_their_own(tmp_path: Path):
+    recipe, problems = make_recipe(tmp_path), tmp_path / "math.jsonl"
+    options: dict[str, Any] = {"exam": "benchmarks", "tasks": ["math"], "limit": 2, "only": ["specialist:text"]}
+    for question in ("What is 1 + 1?", "What is 2 + 0?"):
+        problems.write_text(json.dumps({"problem": question, "answer": "2"}), encoding="utf-8")
+        rows = rows_of(compare(recipe, **options, places={"math": str(problems)}, max_tokens=4))
+        assert rows["specialist:text"].marks["math"]["n"] == 1
+
+    assert len(list((tmp_path / "run" / "compare" / "rows").iterdir())) == 2
+
+
 def test_judged_tasks_have_no_accuracy_to_compare(tmp_path: Path):
     with pytest.raises(ConfigError, match="mt_bench is judged, which has no accuracy"):
         compare(make_recipe(tmp_path), exam="benchmarks", tasks=["mt_bench"])

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ultrafuser.cli.options import Overrides, RecipePath
+from ultrafuser.cli.options import Overrides, RecipePath, Sources, parse_sources
 from ultrafuser.cli.progress import evaluation_bars, silence_other_bars
 
 
@@ -27,6 +27,7 @@ def compare(
     data: Annotated[
         Path | None, typer.Option(help="Folder with the benchmarks' files.", envvar="ULTRAFUSER_DATA")
     ] = None,
+    source: Sources = [],  # noqa: B006  typer copies it
     max_tokens: Annotated[
         int | None, typer.Option(help="No answer to a benchmark is longer, whatever its task allows.", min=1)
     ] = None,
@@ -59,6 +60,7 @@ def compare(
             only=names,
             tasks=[name for name in tasks.split(",") if name] if exam == "benchmarks" else [],
             data=data,
+            places=parse_sources(source),
             max_tokens=max_tokens,
             reward_model=reward_model,
             ask_judge=ask,

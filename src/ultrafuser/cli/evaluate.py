@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ultrafuser.cli.options import Sources, parse_sources
 from ultrafuser.cli.progress import evaluation_bars, silence_other_bars
 from ultrafuser.errors import ConfigError
 
@@ -24,9 +25,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Folder with the benchmarks' files.", envvar="ULTRAFUSER_DATA")] = Path(
         "data"
     ),
-    source: Annotated[
-        list[str], typer.Option("--source", metavar="BENCHMARK=PLACE", help="A file, folder or hub:OWNER/NAME#SPLIT.")
-    ] = [],  # noqa: B006  typer copies it
+    source: Sources = [],  # noqa: B006  typer copies it
     task_folder: Annotated[
         Path | None, typer.Option(help="Further task files of lm-eval; code that they name is executed.")
     ] = None,
@@ -59,15 +58,16 @@ def evaluate(
         missing = (error.name or "more packages").partition(".")[0]
         raise ConfigError(f"evaluation needs {missing}: pip install 'ultrafuser[eval]'") from error
     from ultrafuser.evaluation.judges.client import parse_judge
-    from ultrafuser.evaluation.models import LoadOptions, parse_model
+    from ultrafuser.evaluation.models import parse_model
     from ultrafuser.evaluation.run import EvaluationOptions, evaluate_models
     from ultrafuser.evaluation.table import to_markdown
+    from ultrafuser.model.load import LoadOptions
 
     options = EvaluationOptions(
         tasks=[name for name in tasks.split(",") if name],
         folder=folder,
         data=data,
-        places=_places(source),
+        places=parse_sources(source),
         task_folder=task_folder,
         limit=limit,
         batch_size=batch_size,
@@ -87,13 +87,3 @@ def evaluate(
     with evaluation_bars() as watch:
         results = evaluate_models(dict(named), options, watch=watch)
     print(to_markdown(results))
-
-
-def _places(sources: list[str]) -> dict[str, str]:
-    places = {}
-    for source in sources:
-        benchmark, sign, place = source.partition("=")
-        if not sign or not place:
-            raise ConfigError(f"--source {source!r}: write BENCHMARK=PLACE, as in math=problems.jsonl")
-        places[benchmark] = place
-    return places

@@ -11,6 +11,7 @@ from ultrafuser.data.dataset import Dataset
 from ultrafuser.demo.exam import answer, make_exam, mark
 from ultrafuser.demo.ingredients import conversation
 from ultrafuser.errors import ConfigError
+from ultrafuser.evaluation.benchmarks import EMBEDDED, describe_source, find_place, read_docs
 from ultrafuser.evaluation.catalog import TASKS, choose_tasks
 from ultrafuser.evaluation.intervals import wilson_interval
 from ultrafuser.evaluation.losses import score_losses
@@ -26,6 +27,7 @@ class Examiner(Protocol):
     """Marks a generator on every domain."""
 
     name: str
+    facts: tuple[str | int, ...]  # what else its marks depend on, besides the recipe and the number of questions
 
     def examine(self, generator: Generator, name: str) -> Marks:
         """Marks and, where answers can be checked, which are right; `name` is shown with the progress."""
@@ -48,6 +50,7 @@ class DemoExaminer:
     """Loss and accuracy on the test questions of the demo's world, mixed ones too."""
 
     name = "demo"
+    facts: tuple[str | int, ...] = ()
 
     def __init__(self, domains: list[str], *, items_per_domain: int, seed: int) -> None:
         self.exam = make_exam(domains, items_per_domain=items_per_domain, seed=seed)
@@ -76,6 +79,7 @@ class HeldOutExaminer:
     """Response loss on the test split of the recipe's data (on validation where it has no test split)."""
 
     name = "held-out"
+    facts: tuple[str | int, ...] = ()
 
     def __init__(self, dataset: Dataset, *, limit: int) -> None:
         split: Any = "test" if all(dataset["test"].get(domain) for domain in dataset["train"]) else "validation"
@@ -114,10 +118,15 @@ class BenchmarkExaminer:
         tasks: Names of tasks and groups; judged ones have no accuracy and are refused.
         folder: Gets the journal, so that no model answers twice.
         data: Folder with the benchmarks' files.
+        places: Benchmark to file, folder or hub id, where it is not in `data`.
         limit: Questions of each task.
         max_tokens: No answer is longer, whatever its task allows.
         questions: What to time answers on.
         watch: Told of progress.
+
+    Raises:
+        ConfigError: A task is unknown or judged.
+        DataError: The data of a task are missing or damaged: said before any model is made.
     """
 
     name = "benchmarks"
@@ -128,6 +137,7 @@ class BenchmarkExaminer:
         folder: Path,
         *,
         data: Path | None,
+        places: Mapping[str, str],
         limit: int,
         max_tokens: int | None = None,
         questions: list[Conversation],
@@ -136,8 +146,12 @@ class BenchmarkExaminer:
         self.tasks = choose_tasks(tasks)
         if judged := [task for task in self.tasks if TASKS[task].kind == "judge"]:
             raise ConfigError(f"{judged[0]} is judged, which has no accuracy: run `ultrafuser evaluate` on it")
-        self.options = EvaluationOptions(tasks=self.tasks, folder=folder, data=data, limit=limit, max_tokens=max_tokens)
+        self.options = EvaluationOptions(
+            tasks=self.tasks, folder=folder, data=data, places=places, limit=limit, max_tokens=max_tokens
+        )
         self.asked, self.watch = questions, watch
+        digests = [_digest(task, data, places, limit) for task in self.tasks]
+        self.facts: tuple[str | int, ...] = (*digests, *([max_tokens] if max_tokens is not None else []))
 
     def examine(self, generator: Generator, name: str) -> Marks:
         """Headline metric of each task, and which answers are right where answers are written."""
@@ -169,6 +183,13 @@ class BenchmarkExaminer:
     def questions(self) -> list[Conversation]:
         """What was given to time answers on."""
         return self.asked
+
+
+def _digest(task: str, data: Path | None, places: Mapping[str, str], limit: int) -> str:
+    """The hash of the questions of a task."""
+    info = TASKS[task]
+    place = EMBEDDED if info.embedded else find_place(info.benchmark, data, places)
+    return describe_source(place, read_docs(info.benchmark, place, limit)).digest
 
 
 def share(successes: int | float, n: int) -> dict[str, float | int | None]:

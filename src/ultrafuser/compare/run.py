@@ -46,6 +46,7 @@ def compare(
     only: Sequence[str] = (),
     tasks: Sequence[str] = (),
     data: Path | None = None,
+    places: Mapping[str, str] | None = None,
     max_tokens: int | None = None,
     reward_model: str | None = None,
     ask_judge: Callable[[Sequence[str]], list[str]] | None = None,
@@ -61,6 +62,7 @@ def compare(
         only: Names of rows, or their first part ("further-tuned"); empty: all.
         tasks: Names of tasks and groups, for "benchmarks".
         data: Folder with the benchmarks' files.
+        places: Benchmark to file, folder or hub id, where it is not in `data`.
         max_tokens: No answer to a benchmark is longer, whatever its task allows.
         reward_model: Folder or hub id of a reward model, for selection among the specialists' answers.
         ask_judge: Prompts to replies of a judge, for the same.
@@ -70,15 +72,16 @@ def compare(
     Raises:
         ConfigError: The recipe has nothing to compare, a name of `only` is unknown, or the folder holds a comparison
             of other ingredients.
+        DataError: A benchmark is missing.
     """
     workshop = Workshop(recipe, reward_model=reward_model, ask_judge=ask_judge, judge_name=judge_name)
-    examiner = _examiner(workshop, exam, limit, tasks, data, max_tokens, watch)
+    examiner = _examiner(workshop, exam, limit, tasks, data, places or {}, max_tokens, watch)
     transformers_logging.disable_progress_bar()  # dozens of small models are loaded
     console = Console(stderr=True, highlight=False)
     plans = list(workshop.plans())
     wanted = _chosen([plan.name for plan in plans], only)
     check_ingredients(workshop.folder, workshop.ingredients, workshop.trainer.dataset)
-    folder = workshop.folder / "rows" / _fingerprint(recipe, exam, limit, *tasks, *([max_tokens] if max_tokens else []))
+    folder = workshop.folder / "rows" / _fingerprint(recipe, exam, limit, *tasks, *examiner.facts)
     rows = []
     for number, plan in enumerate(plans, start=1):
         if plan.name not in wanted:
@@ -186,6 +189,7 @@ def _examiner(
     limit: int,
     tasks: Sequence[str],
     data: Path | None,
+    places: Mapping[str, str],
     max_tokens: int | None,
     watch: Watch | None,
 ) -> Examiner:
@@ -198,6 +202,7 @@ def _examiner(
             tasks or ["paper"],
             workshop.folder / "evaluation",
             data=data,
+            places=places,
             limit=limit,
             max_tokens=max_tokens,
             questions=HeldOutExaminer(workshop.trainer.dataset, limit=2).questions(),

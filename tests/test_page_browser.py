@@ -235,22 +235,22 @@ def test_escape_stops_too(page: Any, server: ScriptedServer):
     finished(page)
 
 
-def test_2000_tokens_at_once_keep_the_page_fluent(page: Any, server: ScriptedServer):
+def test_2000_tokens_at_once_cost_little_time(page: Any, server: ScriptedServer):
+    """Time of the page's own thread on a processor, so that a busy machine changes little. Measured: 0.8 s."""
     server.replies = [Reply([(f"word{n} ", WEIGHTS if n % 3 else (0.7, 0.2, 0.1)) for n in range(2000)])]
-    page.evaluate("""() => {
-        window.worst = 0;
-        let before = performance.now();
-        const tick = (now) => {
-            window.worst = Math.max(window.worst, now - before);
-            before = now;
-            requestAnimationFrame(tick);
-        };
-        requestAnimationFrame(tick);
-    }""")
+    page.locator("#model").filter(has_text="demo").wait_for()
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def seconds() -> float:
+        figures = session.send("Performance.getMetrics")["metrics"]
+        return float(next(figure["value"] for figure in figures if figure["name"] == "TaskDuration"))
+
+    before = seconds()
     ask(page)
 
     assert page.locator(".token").count() == 2000
-    assert page.evaluate("window.worst") < 500, "milliseconds between two frames"
+    assert seconds() - before < 4
     scroller = page.locator("#scroller")
     assert scroller.evaluate("it => it.scrollHeight - it.scrollTop - it.clientHeight") < 60, "it follows the answer"
 
@@ -416,6 +416,15 @@ def test_an_error_of_the_server_is_shown_in_its_own_words(page: Any, server: Scr
     assert len(server.bodies[-1]["messages"]) == 1
 
 
+def test_a_question_without_an_answer_is_not_part_of_the_conversation(page: Any, server: ScriptedServer):
+    server.replies = [Reply(status=400, message="No.")]
+    ask(page, "one")
+    await_text(page, "#notice p", "No.")
+    ask(page, "two")
+
+    assert server.bodies[-1]["messages"] == [{"role": "user", "content": "two"}]
+
+
 def test_an_error_in_the_middle_keeps_what_has_come(page: Any, server: ScriptedServer):
     server.replies = [Reply(TOKENS, fails_after=2, message="The engine ended.")]
     ask(page)
@@ -511,7 +520,7 @@ def test_a_key_that_is_refused_in_the_middle_costs_no_setting(page: Any, server:
 def test_markup_in_an_answer_is_text(page: Any, server: ScriptedServer):
     attack = (
         "<img src=x onerror=alert(1)><script>alert(2)</script></div><svg/onload=alert(3)>"
-        "&lt;b&gt; [x](javascript:alert(4))"
+        "&lt;b&gt; [x](javascript:alert(4))<img src=x onerror=alert(5)>\u202e<img src=x onerror=alert(6)>"
     )
     tokens = [(piece, WEIGHTS) for piece in re.split(r"(?<=[>;])", attack)]
     server.replies = [Reply(tokens), Reply(status=400, message=attack)]
@@ -523,8 +532,7 @@ def test_markup_in_an_answer_is_text(page: Any, server: ScriptedServer):
     page.wait_for_timeout(100)
 
     assert page.locator("img, script, iframe, a").count() == before
-    assert text_of(page, ".tokens") == attack
-    assert text_of(page, ".question") == attack
+    assert text_of(page, ".tokens") == text_of(page, ".question") == attack.replace("\u202e", "U+202E")
     assert page.locator("#notice p").text_content() == attack
 
 

@@ -131,11 +131,13 @@ def random_prompts(
     return tuple(tuple(torch.randint(first, last, (n,), generator=generator).tolist()) for n in lengths)
 
 
-def greedy(*lengths: int, seed: int = 0, max_tokens: int = 10, **more: Any) -> GenerationRequest:
-    """A request for a greedy answer to random prompts of these lengths."""
+def greedy(
+    *lengths: int, seed: int = 0, draw_seed: int | None = None, max_tokens: int = 10, **more: Any
+) -> GenerationRequest:
+    """A request for an answer, greedy unless `more` says otherwise, to prompts of these lengths drawn with `seed`."""
     fields = {key: more.pop(key) for key in ("without", "weights", "score_prompt") if key in more}
     return GenerationRequest(
-        random_prompts(*lengths, seed=seed), SamplingParams(max_tokens=max_tokens, **more), **fields
+        random_prompts(*lengths, seed=seed), SamplingParams(max_tokens=max_tokens, seed=draw_seed, **more), **fields
     )
 
 
@@ -179,6 +181,7 @@ def perplexity_weights(model: FusedForCausalLM, prompts: Sequence[Sequence[int]]
     return torch.softmax(-torch.stack(means) / model.config.perplexity_temperature, dim=0)
 
 
+@torch.no_grad()
 def reference_weights(model: FusedForCausalLM, hiddens: Sequence[Tensor], request: GenerationRequest) -> Tensor:
     """Weights [N] at one position, where the gate or the request decides."""
     names = model.names
@@ -203,6 +206,7 @@ def reference_fused(model: FusedForCausalLM, logits: Sequence[Tensor], weights: 
     return (weights[:, None] * stacked).sum(dim=0)
 
 
+@torch.no_grad()
 def reference_answer(
     model: FusedForCausalLM, request: GenerationRequest, *, max_context: int = CONTEXT, ends: frozenset[int] = ENDS
 ) -> Expected:

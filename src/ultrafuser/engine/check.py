@@ -48,7 +48,7 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
     Raises:
         RequestError: Says which, and its range.
     """
-    ranges: list[tuple[str, float, float, float]] = [
+    ranges: list[tuple[str, int | float, int | float, int | float]] = [
         ("max_tokens", params.max_tokens, 1, math.inf),
         ("temperature", params.temperature, 0.0, 100.0),
         ("top_p", params.top_p, 1e-9, 1.0),
@@ -90,5 +90,5 @@ def _check_specialists(request: GenerationRequest, names: Sequence[str]) -> None
         raise RequestError("all weights are 0: give at least one specialist a weight")
 
 
-def _range(low: float, high: float) -> str:
+def _range(low: int | float, high: int | float) -> str:
     return f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"

@@ -1,0 +1,173 @@
+"""Products of few rows: exact ones are those of torch's linear layer, reduced ones are close; the model is unharmed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine_helpers import assert_answers, greedy, make_engine, make_similar, run, twin
+from helpers import make_fused, make_mixed, make_model, make_trio
+from ultrafuser.engine.weights import ExactProduct, PackedProduct, make_product
+from ultrafuser.errors import ConfigError
+
+SHAPES = {"square": (24, (24,)), "wide": (48, (16,)), "tall": (8, (24,)), "three side by side": (24, (24, 12, 12))}
+
+
+def make_parts(group: int, num_in: int, outs: tuple[int, ...], *, bias: bool) -> list[list[nn.Linear]]:
+    return [[nn.Linear(num_in, num_out, bias=bias) for num_out in outs] for _ in range(group)]
+
+
+def expected(parts: list[list[nn.Linear]], x: torch.Tensor) -> torch.Tensor:
+    rows = [
+        torch.cat([F.linear(one, linear.weight, linear.bias) for linear in linears], dim=-1)
+        for linears, one in zip(parts, x, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("num_threads", [1, 2, 4, 5])
+@pytest.mark.parametrize(("num_in", "outs"), SHAPES.values(), ids=SHAPES.keys())
+def test_an_exact_product_is_the_linear_layers(num_in: int, outs: tuple[int, ...], num_threads: int, bias: bool):
+    for group in (1, 2, 3):
+        parts = make_parts(group, num_in, outs, bias=bias)
+        before = copy.deepcopy(parts)
+        product = ExactProduct(parts, num_threads=num_threads)
+        for rows in (*range(1, 18), 31, 40):
+            x = torch.randn(group, rows, num_in)
+            torch.testing.assert_close(product(x), expected(before, x))
+            for member in range(group):
+                one = product(x[member : member + 1], member)
+                torch.testing.assert_close(one, expected(before, x)[member : member + 1])
+
+
+@torch.no_grad()
+def test_an_exact_product_of_bf16_weights_is_the_linear_layers():
+    parts = [[nn.Linear(16, 48).bfloat16(), nn.Linear(16, 16).bfloat16()]]
+    before = copy.deepcopy(parts)
+    product = ExactProduct(parts, num_threads=2)
+    for rows in (1, 3, 20):
+        x = torch.randn(1, rows, 16).bfloat16()
+        torch.testing.assert_close(product(x), expected(before, x), rtol=2e-2, atol=5e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("num_in", "outs"), SHAPES.values(), ids=SHAPES.keys())
+def test_the_parameters_become_views_of_the_products_buffer_and_stay_the_same(num_in: int, outs: tuple[int, ...]):
+    parts = make_parts(2, num_in, outs, bias=True)
+    before = copy.deepcopy(parts)
+    product = ExactProduct(parts, num_threads=2)
+
+    for linears, old in zip(parts, before, strict=True):
+        for linear, other in zip(linears, old, strict=True):
+            assert torch.equal(linear.weight, other.weight)
+            assert linear.weight.untyped_storage().data_ptr() == product.weight.untyped_storage().data_ptr()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_half_weights_are_close(bias: bool):
+    parts = make_parts(2, 32, (24, 8), bias=bias)
+    product = make_product(parts, "half", num_threads=1)
+    for rows in (1, 5, 33):
+        x = torch.randn(2, rows, 32)
+        torch.testing.assert_close(product(x), expected(parts, x), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(product(x[1:], 1), expected(parts, x)[1:], rtol=2e-3, atol=2e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_int8_weights_are_their_own_dequantised_ones_up_to_the_rounding_of_rows(bias: bool):
+    parts = make_parts(2, 32, (24, 8), bias=bias)
+    product = PackedProduct(parts, form="int8")
+    rounded = copy.deepcopy(parts)
+    for linear in (linear for linears in rounded for linear in linears):
+        scale = linear.weight.abs().amax(dim=1, keepdim=True) / 127
+        linear.weight.copy_((linear.weight / scale).round() * scale)
+    for rows in (1, 5):
+        x = torch.randn(2, rows, 32)
+        error = (product(x) - expected(rounded, x)).abs().max()
+        # A row is rounded to 8 bits over its range; 32 such errors of at most half a step add up.
+        step = float((x.amax() - x.amin()) / 255)
+        assert error <= 32 * step / 2 * float(max(linear.weight.abs().max() for ls in parts for linear in ls))
+        assert error < 0.05
+
+
+def test_a_weight_that_fp16_cannot_hold_is_refused():
+    parts = make_parts(1, 4, (4,), bias=False)
+    with torch.no_grad():
+        parts[0][0].weight[0, 0] = 1e6
+    with pytest.raises(ConfigError, match="too large for fp16"):
+        PackedProduct(parts, form="half")
+
+
+@pytest.mark.parametrize("form", ["half", "int8"])
+def test_reduced_weights_give_nearly_the_references_distribution(form: Any):
+    model = make_fused(make_similar())
+    request = greedy(9, 12, 4, seed=2, max_tokens=1, log_probs=0)
+    (exact,) = run(make_engine(model), request)
+
+    (reduced,) = run(make_engine(model, weights=form), request)
+
+    assert reduced.ids() == exact.ids()
+    assert reduced.pieces[0][0].log_prob == pytest.approx(exact.pieces[0][0].log_prob, abs=0.3)
+
+
+def test_reduced_weights_are_refused_for_what_is_not_like_llama():
+    with pytest.raises(ConfigError, match="'math' is a GPTNeoXForCausalLM: use exact weights"):
+        make_engine(make_fused(make_mixed()), weights="half")
+
+
+# The model beside the engine
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("runner", ["stacked", "sequential"])
+def test_the_model_goes_on_working_beside_the_engine(runner: str, tied: bool):
+    model = make_fused(make_trio(tied=tied))
+    before = twin(model)
+    engine = make_engine(model, runner=runner)
+    run(engine, greedy(7, 9, 5))
+
+    ids = torch.randint(5, 200, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, before(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    states = model.state_dict(), before.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+    head = model.specialists["code"].get_output_embeddings().weight
+    assert (head is model.specialists["code"].get_input_embeddings().weight) == tied
+
+
+def test_a_second_engine_of_the_same_model_and_the_first_both_answer():
+    model = make_fused(make_trio())
+    reference = twin(model)
+    request = greedy(7, 9, 5, seed=1)
+    first = make_engine(model, runner="sequential")
+    second = make_engine(model, runner="stacked")
+
+    for engine in (first, second, first):
+        assert_answers(reference, request, run(engine, request)[0])
+
+
+def test_an_engine_of_bf16_specialists_gives_numbers_close_to_fp32():
+    model = make_fused(make_similar())
+    request = greedy(9, 12, 4, seed=2, max_tokens=1, log_probs=0)
+    (exact,) = run(make_engine(twin(model)), request)
+
+    (rounded,) = run(make_engine(model.bfloat16()), request)
+
+    assert rounded.pieces[0][0].log_prob == pytest.approx(exact.pieces[0][0].log_prob, abs=0.5)
+
+
+def test_a_draft_model_is_left_as_it_is():
+    draft = make_model(seed=9)
+    before = copy.deepcopy(draft.state_dict())
+    run(make_engine(draft=draft, drafts=("model",)), greedy(7, 9, 5))
+    assert all(torch.equal(value, before[key]) for key, value in draft.state_dict().items())

@@ -12,7 +12,7 @@ from torch import nn
 
 from engine_helpers import assert_answers, greedy, make_engine, make_similar, run, twin
 from helpers import make_fused, make_mixed, make_model, make_trio
-from ultrafuser.engine.weights import ExactProduct, PackedProduct, make_product
+from ultrafuser.engine.weights import ExactProduct, HalfProduct, Int8Product, make_product
 from ultrafuser.errors import ConfigError
 
 SHAPES = {"square": (24, (24,)), "wide": (48, (16,)), "tall": (8, (24,)), "three side by side": (24, (24, 12, 12))}
@@ -83,20 +83,24 @@ def test_half_weights_are_close(bias: bool):
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
-def test_int8_weights_are_their_own_dequantised_ones_up_to_the_rounding_of_rows(bias: bool):
+def test_int8_weights_are_their_own_dequantised_ones_up_to_bf16_inputs(bias: bool):
     parts = make_parts(2, 32, (24, 8), bias=bias)
-    product = PackedProduct(parts, form="int8")
+    product = Int8Product(parts)
     rounded = copy.deepcopy(parts)
     for linear in (linear for linears in rounded for linear in linears):
         scale = linear.weight.abs().amax(dim=1, keepdim=True) / 127
         linear.weight.copy_((linear.weight / scale).round() * scale)
-    for rows in (1, 5):
-        x = torch.randn(2, rows, 32)
-        error = (product(x) - expected(rounded, x)).abs().max()
-        # A row is rounded to 8 bits over its range; 32 such errors of at most half a step add up.
-        step = float((x.amax() - x.amin()) / 255)
-        assert error <= 32 * step / 2 * float(max(linear.weight.abs().max() for ls in parts for linear in ls))
-        assert error < 0.05
+    for rows in (1, 5, 8):
+        x = torch.randn(2, rows, 32).bfloat16().float()  # scales are rounded to bf16, too: one part in 256
+        torch.testing.assert_close(product(x), expected(rounded, x), rtol=2**-7, atol=2e-2)
+        torch.testing.assert_close(product(x[1:], 1), expected(rounded, x)[1:], rtol=2**-7, atol=2e-2)
+    x = torch.randn(2, 9, 32)  # many rows are multiplied in fp32
+    torch.testing.assert_close(product(x), expected(rounded, x), rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_that_the_int8_kernel_would_read_past_are_refused():
+    with pytest.raises(ConfigError, match="in sixteens and a layer has 24"):
+        Int8Product(make_parts(1, 24, (4,), bias=False))
 
 
 def test_a_weight_that_fp16_cannot_hold_is_refused():
@@ -104,7 +108,7 @@ def test_a_weight_that_fp16_cannot_hold_is_refused():
     with torch.no_grad():
         parts[0][0].weight[0, 0] = 1e6
     with pytest.raises(ConfigError, match="too large for fp16"):
-        PackedProduct(parts, form="half")
+        HalfProduct(parts)
 
 
 @pytest.mark.parametrize("form", ["half", "int8"])

@@ -7,32 +7,15 @@ OpenAI-compatible endpoint with the model's name after a `#`.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from ultrafuser.errors import ConfigError, ModelError
+from ultrafuser.errors import ConfigError
 from ultrafuser.generation import Generator
+from ultrafuser.model.load import LoadOptions, load_model
 
 if TYPE_CHECKING:
     from ultrafuser.model.generator import FusedGenerator
-
-FUSED_TYPE = "ultrafuser"
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """How models are loaded.
-
-    Attributes:
-        template: Of ordinary models; fused ones bring theirs.
-        dtype: Of the weights, as torch names it; empty keeps what the folder says.
-        device: Where they run; empty takes an accelerator where there is one.
-    """
-
-    template: str = "tokenizer"
-    dtype: str = ""
-    device: str = ""
 
 
 def parse_model(text: str) -> tuple[str, str]:
@@ -68,7 +51,9 @@ def load_generator(place: str, options: LoadOptions = LoadOptions()) -> Generato
         if not model:
             raise ConfigError(f"{place!r} names no model: write {place}#MODEL")
         return Endpoint(url, model)
-    return _load_local(place, options)
+    from ultrafuser.model.generator import FusedGenerator
+
+    return FusedGenerator(*load_model(place, options))
 
 
 def weights_digest(generator: Generator) -> str | None:
@@ -110,34 +95,6 @@ def specialist_names(generator: Generator) -> list[str]:
 
     names = generator.names if isinstance(generator, FusedGenerator) else []
     return names if len(names) > 1 else []
-
-
-def _load_local(place: str, options: LoadOptions) -> Generator:
-    import torch
-    from transformers import AutoConfig
-
-    from ultrafuser.model.device import choose_device
-    from ultrafuser.model.fused import FusedForCausalLM
-    from ultrafuser.model.generator import FusedGenerator
-    from ultrafuser.model.specialist import load_tokenizer, parse_source
-
-    device = choose_device(options.device, "--device")
-    dtype = getattr(torch, options.dtype, None) if options.dtype else None
-    if options.dtype and not isinstance(dtype, torch.dtype):
-        raise ConfigError(f"no dtype is called {options.dtype!r}; usual ones are float32 and bfloat16")
-    try:
-        kind = AutoConfig.from_pretrained(place).model_type
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"no model can be loaded from {place!r}: {reason}") from error
-    if kind == FUSED_TYPE:
-        generator = FusedGenerator.from_pretrained(place, **({"dtype": dtype} if dtype is not None else {}))
-    else:
-        source = parse_source(place)
-        model = FusedForCausalLM.from_specialists({"model": source}, templates=options.template, dtype=dtype)
-        generator = FusedGenerator(model, load_tokenizer(source))
-    generator.model.to(device)
-    return generator
 
 
 def _short_name(place: str) -> str:

@@ -18,7 +18,6 @@ from ultrafuser.evaluation.benchmarks import EMBEDDED, JUDGED_WITH, describe_sou
 from ultrafuser.evaluation.catalog import TASKS, TaskInfo, choose_tasks
 from ultrafuser.evaluation.journal import Entry, Journal
 from ultrafuser.evaluation.models import (
-    LoadOptions,
     answering_alone,
     is_endpoint,
     load_generator,
@@ -38,6 +37,7 @@ from ultrafuser.evaluation.results import (
 )
 from ultrafuser.evaluation.table import write_tables
 from ultrafuser.generation import Generator
+from ultrafuser.model.load import LoadOptions
 
 if TYPE_CHECKING:
     from ultrafuser.evaluation.judges.client import JudgeOptions

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ultrafuser.errors import ConfigError, ModelError
 from ultrafuser.model.configuration import FusedConfig
+from ultrafuser.model.device import choose_device
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.specialist import load_tokenizer, parse_source
 
@@ -43,10 +44,7 @@ def load_model(place: str, options: LoadOptions = LoadOptions()) -> tuple[FusedF
     dtype = getattr(torch, options.dtype, None) if options.dtype else None
     if options.dtype and not isinstance(dtype, torch.dtype):
         raise ConfigError(f"no dtype is called {options.dtype!r}; usual ones are float32 and bfloat16")
-    try:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"no device is called {options.device!r}; usual ones are cpu and cuda") from error
+    device = choose_device(options.device, "--device")
     if place.endswith(".gguf"):
         kind = ""
     else:
@@ -61,8 +59,4 @@ def load_model(place: str, options: LoadOptions = LoadOptions()) -> tuple[FusedF
         source = parse_source(place)
         model = FusedForCausalLM.from_specialists({"model": source}, templates=options.template, dtype=dtype)
         tokenizer = load_tokenizer(source)
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"the model cannot go to device {str(device)!r}: {str(error).splitlines()[0]}") from error
-    return model.train(False), tokenizer
+    return model.to(device).train(False), tokenizer

@@ -37,6 +37,7 @@ from ultrafuser.engine.bench import (
     as_rows,
     quality_loss,
     read_bandwidth,
+    score_texts,
     time_decoding,
     time_prefill,
 )
@@ -272,14 +273,15 @@ class Bench:
 
     def reduced(self, names: Sequence[str], everything: Sequence[str]) -> None:
         """Weights in fp16 and int8, with what they lose."""
-        exact = self.engine(names)
         texts = [tuple(self.tokenizer(text)["input_ids"][:256]) for text in everything]
+        texts = [ids for ids in texts if len(ids) > 1]
+        exact = score_texts(self.engine(names), texts)
         for form in ("half", "int8"):
             engine = self.engine(names, weights=form)
             timing = self.time(engine, everything, f"engine, {form} weights")
             for batch in (4, 16):
                 self.time(engine, everything, f"engine, {form} weights", batch=batch)
-            loss = quality_loss(engine, exact, [ids for ids in texts if len(ids) > 1])
+            loss = quality_loss(score_texts(engine, texts), exact)
             print(
                 f"    {form}: {loss.loss:.4f} nats/token, exact {loss.exact_loss:.4f}, "
                 f"same most likely token {loss.agreement:.2%}"

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ultrafuser.cli import chat, compare, decontaminate, demo, doctor, evaluate, inspect, prepare, serve, train
+from ultrafuser.cli import bench, chat, compare, decontaminate, demo, doctor, evaluate, inspect, prepare, serve, train
 from ultrafuser.errors import UltrafuserError
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ app.command()(doctor.doctor)
 app.command()(evaluate.evaluate)
 app.command()(chat.chat)
 app.command()(serve.serve)
+app.command()(bench.bench)
 app.command()(demo.demo)
 app.command()(compare.compare)
 app.command()(inspect.inspect)

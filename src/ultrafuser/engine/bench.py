@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from ultrafuser.engine.engine import Engine
+from ultrafuser.chat.messages import Message
+from ultrafuser.engine.engine import Engine, EngineOptions
 from ultrafuser.engine.requests import GenerationRequest, Ids, StreamEvent, TokenPiece
+from ultrafuser.errors import ConfigError
 from ultrafuser.generation import SamplingParams
+from ultrafuser.model.load import LoadOptions, load_model
 
 Rows = tuple[Ids, ...]
 
@@ -33,6 +36,7 @@ class DecodeTiming:
         tokens_per_s: Of all choices together, median over repetitions.
         tokens_per_pass: More than 1 where drafts were kept.
         bandwidth: GB/s at which weights were read, each once a pass; None with drafts.
+        extra_loss: Nats per token that these weights lose against exact ones; None for exact ones.
     """
 
     name: str
@@ -42,6 +46,51 @@ class DecodeTiming:
     tokens_per_s: float
     tokens_per_pass: float
     bandwidth: float | None
+    extra_loss: float | None = None
+
+
+def bench_model(
+    place: str, questions: Sequence[str], *, batches: Sequence[int], max_tokens: int, load: LoadOptions
+) -> Iterator[DecodeTiming]:
+    """Measure every way to run a model: one line at a time.
+
+    Reduced weights come last; where these specialists do not allow them, or cannot be stacked, they are left out.
+
+    Args:
+        place: Folder or hub id.
+        questions: Asked one by one, and again for larger batches; what reduced weights lose is measured on them.
+        batches: Choices at once.
+        max_tokens: Of every answer.
+        load: Of the weights.
+    """
+    model, tokenizer = load_model(place, load)
+    exact: list[TokenPiece] = []
+    slots = max(batches)
+    for runner, weights in (
+        ("stacked", "exact"),
+        ("sequential", "exact"),
+        ("sequential", "half"),
+        ("sequential", "int8"),
+    ):
+        for drafts in ((), ("lookup", "self")):
+            options = EngineOptions(runner=runner, weights=weights, drafts=drafts, max_choices=slots)
+            try:
+                engine = Engine(model, tokenizer, options)
+            except ConfigError:
+                continue
+            texts = [tuple(tokenizer(text)["input_ids"]) for text in questions]
+            lost = None
+            if weights == "exact":
+                exact = exact or score_texts(engine, texts)
+            else:
+                quality = quality_loss(score_texts(engine, texts), exact)
+                lost = quality.loss - quality.exact_loss
+            name = f"{runner}, {weights}, {'drafts' if drafts else 'plain'}"
+            for batch in batches if not drafts else batches[:1]:
+                prompts = [engine.encoder.encode_prompt((Message("user", text),)) for text in questions]
+                prompts = prompts if batch == 1 else (prompts * batch)[:batch]
+                timing = time_decoding(engine, prompts, name=name, batch=batch, max_tokens=max_tokens)
+                yield replace(timing, extra_loss=lost)
 
 
 def read_bandwidth(num_bytes: int = 800 * 2**20, repetitions: int = 5) -> float:
@@ -125,14 +174,24 @@ class QualityLoss:
     num_tokens: int
 
 
-def quality_loss(reduced: Engine, exact: Engine, texts: Sequence[Ids]) -> QualityLoss:
-    """Compare two engines over the same specialists on plain text: every specialist reads the same ids."""
-    pairs = [
-        (a, b)
-        for ids in texts
-        for a, b in zip(_scores(reduced, ids), _scores(exact, ids), strict=True)
-        if a.log_prob is not None and b.log_prob is not None
-    ]
+def score_texts(engine: Engine, texts: Sequence[Ids]) -> list[TokenPiece]:
+    """Log-probabilities of plain texts, which all specialists read alike, and the most likely token at each place."""
+    pieces: list[TokenPiece] = []
+
+    def listen(event: StreamEvent) -> None:
+        pieces.extend(event.prompt)
+
+    params = SamplingParams(max_tokens=1, log_probs=1)
+    for ids in texts:
+        engine.add(GenerationRequest((ids,) * len(engine.names), params, score_prompt=True), listen)
+        while engine.step():
+            continue
+    return pieces
+
+
+def quality_loss(reduced: Sequence[TokenPiece], exact: Sequence[TokenPiece]) -> QualityLoss:
+    """Compare what two engines over the same specialists say of the same texts (`score_texts`)."""
+    pairs = [(a, b) for a, b in zip(reduced, exact, strict=True) if a.log_prob is not None and b.log_prob is not None]
     return QualityLoss(
         loss=-sum(a.log_prob or 0.0 for a, _ in pairs) / len(pairs),
         exact_loss=-sum(b.log_prob or 0.0 for _, b in pairs) / len(pairs),
@@ -156,19 +215,6 @@ def _read_prompts(engine: Engine, prompts: Sequence[Rows], params: SamplingParam
         engine.add(GenerationRequest(rows, wanted), _ignore)
     while engine.num_decoding < len(prompts):
         engine.step()
-
-
-def _scores(engine: Engine, ids: Ids) -> list[TokenPiece]:
-    pieces: list[TokenPiece] = []
-
-    def listen(event: StreamEvent) -> None:
-        pieces.extend(event.prompt)
-
-    params = SamplingParams(max_tokens=1, log_probs=1)
-    engine.add(GenerationRequest((ids,) * len(engine.names), params, score_prompt=True), listen)
-    while engine.step():
-        continue
-    return pieces
 
 
 def _seconds(function: object) -> float:

@@ -20,7 +20,7 @@ from ultrafuser.chat.messages import Conversation, Message
 from ultrafuser.cli.answers import EngineAnswers, ServerAnswers, Stream, Voices, open_answers
 from ultrafuser.cli.main import app
 from ultrafuser.cli.talk import Talk
-from ultrafuser.engine.requests import TokenPiece
+from ultrafuser.engine.requests import GenerationRequest, Listener, StreamEvent, TokenPiece
 from ultrafuser.errors import ModelError, UltrafuserError
 from ultrafuser.generation import SamplingParams
 from ultrafuser.model.checkpoint import save_fused
@@ -136,6 +136,18 @@ def test_tokens_appear_one_by_one_on_the_colours_of_their_specialists():
     assert [" 1" in shown for shown in seen] == [False, True]
     assert f"48;2;{text.red};{text.green};{text.blue}manswer" in seen[0]
     assert f"48;2;{code.red};{code.green};{code.blue}m 1" in seen[1]
+
+
+def test_a_long_line_is_left_to_the_terminal():
+    class Wordy(Scripted):
+        def stream(self, *arguments: Any) -> Stream:
+            del arguments
+            yield TokenPiece(0, "x" * 50, (0.9, 0.1))
+
+    screen = io.StringIO()
+    Talk(Wordy(), SamplingParams(), console=Console(file=screen, width=20)).ask("one")
+
+    assert screen.getvalue() == "x" * 50 + "\n"
 
 
 def test_commands_choose_who_takes_part(scripted: Scripted):
@@ -261,16 +273,55 @@ def test_solo_and_without_are_obeyed(engine: EngineAnswers):
         assert {piece.gate_weights for piece in pieces} == {(0.0, 1.0)}
 
 
-def test_whoever_stops_reading_frees_the_engine(engine: EngineAnswers):
-    pieces = engine.stream(QUESTION, SamplingParams(max_tokens=10_000, ignore_end=True), Voices())
+@pytest.fixture
+def endings(engine: EngineAnswers, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How every choice of the engine ended."""
+    seen: list[str] = []
+    submit = engine._engine.submit
+
+    def watched(request: GenerationRequest, listener: Listener) -> Any:
+        def listen(event: StreamEvent) -> None:
+            if event.finish_reason is not None:
+                seen.append(event.finish_reason)
+            listener(event)
+
+        return submit(request, listen)
+
+    monkeypatch.setattr(engine._engine, "submit", watched)
+    return seen
+
+
+LONG = SamplingParams(max_tokens=10_000, ignore_end=True)
+
+
+def test_whoever_stops_reading_ends_the_work(engine: EngineAnswers, endings: list[str]):
+    pieces = engine.stream(QUESTION, LONG, Voices())
     next(pieces)
     pieces.close()
 
-    await_idle(engine)
+    await_end(endings)
+    assert endings == ["cancelled"]
 
 
-def test_ctrl_c_while_tokens_are_shown_frees_the_engine(engine: EngineAnswers):
+def test_an_engine_that_fails_says_why(engine: EngineAnswers, monkeypatch: pytest.MonkeyPatch):
+    def fail(request: GenerationRequest, listener: Listener) -> Any:
+        listener(StreamEvent(0, (TokenPiece(5, "so", (0.5, 0.5)),)))
+        listener(StreamEvent(0, finish_reason="error", error="out of memory"))
+        return submit(request, len)
+
+    submit = engine._engine.submit
+    monkeypatch.setattr(engine._engine, "submit", fail)
+    pieces = engine.stream(QUESTION, SamplingParams(max_tokens=1), Voices())
+
+    assert next(pieces).text == "so"
+    with pytest.raises(ModelError, match=r"^out of memory$"):
+        list(pieces)
+
+
+def test_ctrl_c_while_tokens_are_shown_ends_the_work(engine: EngineAnswers, endings: list[str]):
     class Screen(io.StringIO):
+        pressed = False
+
         def write(self, text: str) -> int:
             written = super().write(text)
             if len(self.getvalue()) > 3 and not self.pressed:
@@ -278,20 +329,18 @@ def test_ctrl_c_while_tokens_are_shown_frees_the_engine(engine: EngineAnswers):
                 signal.raise_signal(signal.SIGINT)
             return written
 
-        pressed = False
-
-    console = Console(file=Screen(), highlight=False)
-    talk = Talk(engine, SamplingParams(max_tokens=10_000, ignore_end=True), console=console)
+    talk = Talk(engine, LONG, console=Console(file=Screen(), highlight=False))
 
     assert not talk.ask("what is 2 + 2?")
     assert 0 < len(talk.weights) < 50
     assert talk.history[-1].role == "assistant"
-    await_idle(engine)
+    await_end(endings)
+    assert endings == ["cancelled"]
 
 
-def await_idle(engine: EngineAnswers) -> None:
+def await_end(endings: list[str]) -> None:
     end = time.monotonic() + 10
-    while engine._engine.stats().num_running:
+    while not endings:
         assert time.monotonic() < end, "the answer goes on"
         time.sleep(0.01)
 

@@ -15,8 +15,11 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from ultrafuser.chat.messages import Message
+from ultrafuser.engine.drafts import DraftKind
 from ultrafuser.engine.engine import Engine, EngineOptions
 from ultrafuser.engine.requests import GenerationRequest, Ids, StreamEvent, TokenPiece
+from ultrafuser.engine.runner import RunnerKind
+from ultrafuser.engine.weights import WeightFormat
 from ultrafuser.errors import ConfigError
 from ultrafuser.generation import SamplingParams
 from ultrafuser.model.load import LoadOptions, load_model
@@ -66,13 +69,10 @@ def bench_model(
     model, tokenizer = load_model(place, load)
     exact: list[TokenPiece] = []
     slots = max(batches)
-    for runner, weights in (
-        ("stacked", "exact"),
-        ("sequential", "exact"),
-        ("sequential", "half"),
-        ("sequential", "int8"),
-    ):
-        for drafts in ((), ("lookup", "self")):
+    ways: list[tuple[RunnerKind, WeightFormat]] = [("stacked", "exact"), ("sequential", "exact")]
+    kinds: list[tuple[DraftKind, ...]] = [(), ("lookup", "self")]
+    for runner, weights in [*ways, ("sequential", "half"), ("sequential", "int8")]:
+        for drafts in kinds:
             options = EngineOptions(runner=runner, weights=weights, drafts=drafts, max_choices=slots)
             try:
                 engine = Engine(model, tokenizer, options)

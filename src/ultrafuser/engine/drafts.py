@@ -114,6 +114,7 @@ class Costs:
     """Running averages of what passes take, in seconds."""
 
     passes: dict[tuple[int, int], float] = field(default_factory=dict)  # by choices and rows of each
+    joins: dict[tuple[int, int], float] = field(default_factory=dict)  # the same without the one that ran ahead
     feeds: dict[tuple[DraftKind, int], float] = field(
         default_factory=dict
     )  # one token of drafting, by kind and choices
@@ -121,6 +122,10 @@ class Costs:
     def observe_pass(self, num_choices: int, rows: int, seconds: float) -> None:
         """All specialists read `rows` tokens of each choice."""
         _average(self.passes, (num_choices, rows), seconds)
+
+    def observe_join(self, num_choices: int, rows: int, seconds: float) -> None:
+        """All specialists but the one that ran ahead read `rows` tokens of each choice."""
+        _average(self.joins, (num_choices, rows), seconds)
 
     def observe_feed(self, kind: DraftKind, num_choices: int, seconds: float) -> None:
         """A drafter read one token of each choice."""
@@ -199,7 +204,8 @@ class Planner:
         assert whole is not None
         feed = self.costs.feeds.get((kind, num_choices), one / self.num_specialists)
         if kind == "self":  # the drafter has read the block already
-            whole *= (self.num_specialists - 1) / self.num_specialists
+            share = (self.num_specialists - 1) / self.num_specialists
+            whole = self.costs.joins.get((num_choices, rows), share * whole)
         return whole + length * feed
 
 

@@ -328,8 +328,9 @@ class Engine:
         returning = {slot: views for slot, (_, views) in absences.items() if views}
         slots = [choice.slot for choice in choices]
         advances = decode(self.runner, blocks, skipped=absent, audited=returning)
-        if plan.kind != "self":
-            self.planner.costs.observe_pass(len(choices), max(rows), time.perf_counter() - began)
+        costs = self.planner.costs
+        observe = costs.observe_join if plan.kind == "self" else costs.observe_pass
+        observe(len(choices), max(rows), time.perf_counter() - began)
         self._counters.steps += 1
         for block, advance, waits, slot in zip(blocks, advances, pending, slots, strict=True):
             self._remember(block, advance, plan)

@@ -43,11 +43,18 @@ class EngineGenerator:
             RequestError: One of them can never be served.
             ModelError: The model's logits are no numbers.
         """
-        collectors = [_Collector(params.n) for _ in prompts]
-        for rows, collector in zip(prompts, collectors, strict=True):
-            self.engine.add(GenerationRequest(tuple(rows), params), collector)
-        while self.engine.step():
+        requests = [GenerationRequest(tuple(rows), params) for rows in prompts]
+        for request in requests:  # all are fit to be asked, or none is
+            self.engine.check(request)
+        errors: list[str] = []
+        collectors = [_Collector(params.n, errors) for _ in requests]
+        for request, collector in zip(requests, collectors, strict=True):
+            self.engine.add(request, collector)
+        while self.engine.step() and not errors:
             pass
+        if errors:
+            self.engine.fail_all("another answer failed")
+            raise ModelError(errors[0])
         return [completion for collector in collectors for completion in collector.completions()]
 
     def score(self, conversations: Sequence[Conversation]) -> list[AnswerScore]:
@@ -56,16 +63,17 @@ class EngineGenerator:
 
 
 class _Collector:
-    """Listens to one request."""
+    """Listens to one request; what goes wrong joins `errors`."""
 
-    def __init__(self, num_choices: int) -> None:
+    def __init__(self, num_choices: int, errors: list[str]) -> None:
+        self.errors = errors
         self.pieces: list[list[TokenPiece]] = [[] for _ in range(num_choices)]
         self.reasons: list[str] = [""] * num_choices
 
     def __call__(self, event: StreamEvent) -> None:
         self.pieces[event.choice] += event.pieces
         if event.finish_reason == "error":
-            raise ModelError(event.error)
+            self.errors.append(event.error)
         if event.finish_reason is not None:
             self.reasons[event.choice] = event.finish_reason
 

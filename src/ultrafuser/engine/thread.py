@@ -50,7 +50,7 @@ class EngineThread:
         self.end_ids: frozenset[int] = engine.end_ids
         self._lock = threading.Condition()
         self._inbox: deque[tuple[Handle, GenerationRequest, Listener]] = deque()
-        self._inbox_choices = 0
+        self._inbox_choices = self._num_waiting = 0
         self._cancels: list[Handle] = []
         self._draining = self._closing = self._idle = False
         self._failure: str | None = None
@@ -89,7 +89,7 @@ class EngineThread:
                 raise BusyError(f"the engine has stopped: {self._failure}")
             if self._draining or self._closing:
                 raise BusyError("the engine is shutting down and takes nothing new")
-            waiting = self._inbox_choices + self._stats.num_waiting
+            waiting = self._inbox_choices + self._num_waiting
             if waiting + request.params.n > self._max_waiting:
                 raise BusyError(f"{waiting} choices are waiting already, {self._max_waiting} may: try again later")
             handle = Handle(self)
@@ -152,16 +152,17 @@ class EngineThread:
     def _next_round(self) -> bool:
         """Take what came in; wait where there is nothing to do. False when the thread shall end."""
         with self._lock:
-            self._stats = self._engine.stats()
             while True:
                 self._take_in()
+                self._stats = stats = self._engine.stats()
+                # What was taken in counts while this round runs, but for what finds a free slot in it.
+                self._num_waiting = max(stats.num_waiting - (stats.num_slots - stats.num_running), 0)
                 busy = self._engine.has_work
                 self._idle = not busy
                 if self._closing:
                     return False
                 if busy:
                     return True
-                self._stats = self._engine.stats()
                 self._lock.notify_all()
                 self._lock.wait()
 

@@ -74,7 +74,9 @@ class ExactProduct:
         num_members, num_rows, _ = x.shape
         out = weight if self.transposed else weight.transpose(1, 2)  # [G, I, O]
         # A stack of transposed weights cannot be cut without a copy; there each specialist is a part.
-        if num_rows > FEW_ROWS or self.num_parts == 1 or (num_members > 1 and self.transposed):
+        if num_rows > FEW_ROWS and out.device.type == "cpu":
+            y = torch.stack([rows @ part for rows, part in zip(x, out, strict=True)])  # each with all threads
+        elif self.num_parts == 1 or (num_members > 1 and self.transposed):
             y = torch.bmm(x, out) if num_members > 1 else (x[0] @ out[0])[None]
         else:
             y = _product_in_parts(x, out, self.num_parts)

@@ -1,0 +1,90 @@
+"""What `ultrafuser bench` measures: that lines say what ran, and that reduced weights are compared with exact ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from helpers import make_fused, make_model, make_tokenizer
+from ultrafuser.chat.messages import Message
+from ultrafuser.cli.main import app
+from ultrafuser.engine.bench import quality_loss, read_bandwidth, score_texts, time_decoding, time_prefill
+from ultrafuser.engine.engine import Engine, EngineOptions
+from ultrafuser.model.checkpoint import save_fused
+
+
+def make_similar():
+    """Three specialists whose layers are as wide as the int8 kernel wants them."""
+    return {name: make_model(seed=seed, hidden_size=32) for seed, name in enumerate(("text", "code", "math"))}
+
+
+def make_engine(**options) -> Engine:
+    return Engine(make_fused(make_similar()), make_tokenizer(), EngineOptions(**{"max_context": 256, **options}))
+
+
+def test_memory_is_read_at_some_speed():
+    assert read_bandwidth(num_bytes=2**22, repetitions=2) > 0.1
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_line_counts_tokens_passes_and_bytes(batch: int):
+    engine = make_engine(drafts=())
+    prompts = [engine.encoder.encode_prompt((Message("user", text),)) for text in ("hi", "what?")]
+
+    line = time_decoding(engine, prompts, name="plain", batch=batch, max_tokens=6)
+
+    assert (line.name, line.num_specialists, line.batch) == ("plain", 3, batch)
+    assert line.tokens_per_pass == 1.0
+    assert line.ms_per_token == pytest.approx(1e3 * batch / line.tokens_per_s)
+    assert line.bandwidth is not None
+    assert not engine.has_work
+
+
+def test_the_bytes_of_a_pass_are_those_of_all_layers_and_heads():
+    engine = make_engine(drafts=())
+    whole = sum(p.numel() for m in engine.model.specialists.values() for p in m.parameters())
+    embeddings = sum(m.get_input_embeddings().weight.numel() for m in engine.model.specialists.values())
+    norms = sum(p.numel() for m in engine.model.specialists.values() for n, p in m.named_parameters() if "norm" in n)
+
+    assert engine.weight_bytes == 4 * (whole - embeddings - norms)
+
+
+def test_drafts_have_no_bandwidth_since_a_pass_reads_weights_for_several_tokens():
+    engine = make_engine(drafts=("lookup",))
+    prompts = [engine.encoder.encode_prompt((Message("user", "abcabcabcabc"),))]
+
+    assert time_decoding(engine, prompts, name="drafts", batch=1, max_tokens=6).bandwidth is None
+
+
+def test_reading_a_prompt_takes_time():
+    engine = make_engine()
+
+    assert time_prefill(engine, ((5, 6, 7, 8),) * 3) > 0
+
+
+def test_an_engine_loses_nothing_against_itself_and_int8_a_little():
+    texts = [(10, 20, 30, 40, 50), (60, 70, 80)]
+    exact = score_texts(make_engine(), texts)
+
+    same = quality_loss(exact, exact)
+    reduced = quality_loss(score_texts(make_engine(weights="int8"), texts), exact)
+
+    assert same.loss == same.exact_loss
+    assert same.agreement == 1.0
+    assert same.num_tokens == reduced.num_tokens == 6
+    assert 0 < abs(reduced.loss - reduced.exact_loss) < 0.5
+
+
+def test_the_command_prints_a_table_and_writes_it(tmp_path: Path):
+    save_fused(make_fused(make_similar()), tmp_path / "model", tokenizer=make_tokenizer())
+    arguments = ["bench", str(tmp_path / "model"), "--tokens", "4", "--batch", "1", "--batch", "2", "--json"]
+
+    result = CliRunner().invoke(app, [*arguments, str(tmp_path / "bench.json")])
+
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "bench.json").read_text())
+    names = {line["name"] for line in report["timings"]}
+    assert {"stacked, exact, plain", "sequential, half, plain", "sequential, int8, drafts"} <= names
+    assert all((line["extra_loss"] is None) == ("exact" in line["name"]) for line in report["timings"])
+    assert "sequential, int8, drafts" in result.output

@@ -59,3 +59,26 @@ def plain(text: str) -> str:
 
 def mean(rows: Sequence[Sequence[float]], column: int) -> float:
     return sum(row[column] for row in rows) / len(rows)
+
+
+def test_a_browser_with_the_key_as_its_password_opens_the_page_and_asks():
+    with serving(make_engine(), keys=["sk-right"]) as served, real_browser() as browser:
+        context = browser.new_context(http_credentials={"username": "any", "password": "sk-right"})
+        page = context.new_page()
+        page.set_default_timeout(8000)
+        page.goto(served.url)
+        page.locator("#model").filter(has_text=MODEL).wait_for()
+        page.locator("[name=max_tokens]").fill("4")
+        page.locator("#question").fill("hi")
+        page.locator("#question").press("Enter")
+        page.wait_for_function("() => document.querySelectorAll('.said > .slot .token').length === 4")
+        context.close()
+
+
+def test_a_browser_with_a_wrong_password_sees_nothing():
+    with serving(make_engine(), keys=["sk-right"]) as served, real_browser() as browser:
+        context = browser.new_context(http_credentials={"username": "any", "password": "sk-wrong"})
+        response = context.request.get(served.url)
+        assert response.status == 401
+        assert "UltraFuser" not in response.text()
+        context.close()

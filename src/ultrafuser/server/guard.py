@@ -17,8 +17,8 @@ from ultrafuser.server.rates import Rates
 from ultrafuser.server.settings import ServerSettings
 
 OPEN = frozenset({("GET", "/health")})
-# A browser that opens the page asks for the key by itself.
-_CHALLENGES = {"WWW-Authenticate": 'Bearer realm="ultrafuser", Basic realm="ultrafuser", charset="UTF-8"'}
+# A browser that opens the page asks for the key by itself; Chromium looks at the first scheme alone.
+_CHALLENGES = {"WWW-Authenticate": 'Basic realm="ultrafuser", charset="UTF-8", Bearer realm="ultrafuser"'}
 
 
 class Guard:

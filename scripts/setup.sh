@@ -47,7 +47,7 @@ if [[ $level == dev ]]; then
             echo "Chromium could not be installed: the tests of the chat page will be skipped." >&2
     fi
 else
-    pip install --quiet --constraint constraints.txt "$torch" --editable .
+    pip install --quiet --constraint constraints.txt "$torch" --editable '.[server]'
 fi
 echo "$level $key" >"$stamp"
 rm -f "$unfinished"

@@ -13,14 +13,16 @@ from torch import Tensor
 from ultrafuser.engine.choice import Choice
 from ultrafuser.engine.runner import Feed, Runner
 
+_LAG = 8  # tokens; less than the margin of a slot
+
 
 def run_ahead(
     runner: Runner, choices: Sequence[Choice], views: Sequence[int], length: int
 ) -> tuple[list[list[int]], list[Tensor]]:
     """Let one view of each choice write `length` tokens by itself.
 
-    Its cache then holds the draft but its last token; what the choice has seen is left as it was, so a draft that is
-    thrown away costs nothing more.
+    Its cache then holds the draft but its last token; the draft does not count as seen, so one that is thrown away
+    costs nothing more.
 
     Args:
         runner: The model.
@@ -31,6 +33,11 @@ def run_ahead(
     Returns:
         For each choice its draft, and the hidden states [length, H] from which it was written.
     """
+    for choice, view in zip(choices, views, strict=True):
+        # A view that lags far behind catches up alone: beside it others would be filled up beyond their slots.
+        if (behind := len(choice.pending(view)) - 1) > _LAG:
+            runner.hidden({view: Feed([choice.slot], [choice.seen[view]], [choice.pending(view)[:behind]])})
+            choice.seen[view] += behind
     drafts: list[list[int]] = [[] for _ in choices]
     hidden: list[list[Tensor]] = [[] for _ in choices]
     for step in range(length):

@@ -118,6 +118,12 @@ class Engine:
         self.encoder = Encoder(tokenizer, templates)
         self.names: list[str] = list(model.names)
         self.has_draft_model = draft is not None
+        size = draft.get_output_embeddings().weight.shape[0] if draft is not None else 0
+        if draft is not None and size != model.config.vocab_size:
+            raise ModelError(
+                f"the draft model has {size} tokens and the specialists {model.config.vocab_size}: it must have their "
+                "vocabulary"
+            )
         self.max_context, num_slots = fit_slots(model, options, draft=draft)
         self.runner = Runner(
             model,
@@ -136,8 +142,10 @@ class Engine:
         if len(self.names) == 1:  # one specialist cannot run ahead of itself
             kinds = tuple(kind for kind in kinds if kind != "self")
         self.planner = Planner(kinds, num_specialists=len(self.names), max_choices=options.max_draft_choices)
-        ends = model.generation_config.eos_token_id
-        self.end_ids = frozenset([self.encoder.end_id, *(ends if isinstance(ends, list) else [ends] if ends else [])])
+        ends = model.generation_config.eos_token_id  # 0 is an id, too
+        self.end_ids = frozenset(
+            [self.encoder.end_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])]
+        )
         self.vocab_size = int(model.config.vocab_size)
         # Choices by slot: those that decode first, then those whose prompt is being read or waits to be.
         self._running: list[Choice] = []
@@ -189,7 +197,7 @@ class Engine:
         longest = max(request.prompts, key=len)
         weights, active = fixed_weights(self.names, request)
         if self.model.config.solo:
-            active = [name == self.model.config.solo for name in self.names]
+            weights, active = None, [name == self.model.config.solo for name in self.names]
         rows = [*request.prompts, *([request.prompts[0]] if self.has_draft_model else [])]
         limit = min(request.params.max_tokens, self.max_context - len(longest))
         choices = [
@@ -275,6 +283,9 @@ class Engine:
                     self._finish(choice, Advance([], "cancelled", 0))
         for choice in list(self._running):
             if choice.cancelled and choice in self._running:
+                for memory in self._memory.values():
+                    memory.siblings = [other for other in memory.siblings if other is not choice]
+                # Who would have read the prompt takes along those that wait for it.
                 for sibling in [choice, *self._memory[id(choice)].siblings]:
                     self._leave(sibling)
                     self._finish(sibling, Advance([], "cancelled", 0))

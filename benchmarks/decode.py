@@ -172,7 +172,8 @@ class Bench:
         t, bandwidth = timing, f"{timing.bandwidth:6.1f} GB/s" if timing.bandwidth else ""
         print(
             f"  {t.name:34} n={t.num_specialists} batch {t.batch:2}: {t.ms_per_token:7.1f} ms/token "
-            f"{t.tokens_per_s:7.1f} tokens/s {t.tokens_per_pass:5.2f} tokens/pass {bandwidth}",
+            f"{t.tokens_per_s:7.1f} tokens/s {t.tokens_per_pass:5.2f} tokens/pass "
+            f"{t.memory_bytes / 1e6:6.0f} MB {bandwidth}",
             flush=True,
         )
         return timing
@@ -182,7 +183,9 @@ class Bench:
     ) -> float:
         """A line of an alternative, the median over prompts."""
         ms = statistics.median(measure(rows) for rows in prompts)
-        self.add(DecodeTiming(name, num_specialists, 1, ms, 1e3 / ms, 1.0, None))
+        parts = list(self.whole.specialists.values())[:num_specialists]
+        size = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+        self.add(DecodeTiming(name, num_specialists, 1, ms, 1e3 / ms, 1.0, None, size))
         return ms
 
     def run(self) -> None:

@@ -38,6 +38,7 @@ def test_a_line_counts_tokens_passes_and_bytes(batch: int):
     assert line.tokens_per_pass == 1.0
     assert line.ms_per_token == pytest.approx(1e3 * batch / line.tokens_per_s)
     assert line.bandwidth is not None
+    assert line.memory_bytes > engine.weight_bytes
     assert not engine.has_work
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ultrafuser.chat.template import Template
     from ultrafuser.config.load import load_recipe
     from ultrafuser.config.recipe import Recipe
+    from ultrafuser.engine.engine import Engine, EngineOptions
+    from ultrafuser.engine.generator import EngineGenerator
+    from ultrafuser.engine.load import load_engine
     from ultrafuser.errors import UltrafuserError
     from ultrafuser.generation import AnswerScore, Completion, Generator, SamplingParams
     from ultrafuser.model.configuration import FusedConfig
@@ -33,6 +36,9 @@ __all__ = [
     "AnswerScore",
     "Completion",
     "Conversation",
+    "Engine",
+    "EngineGenerator",
+    "EngineOptions",
     "FusedConfig",
     "FusedForCausalLM",
     "FusedGenerator",
@@ -44,6 +50,7 @@ __all__ = [
     "Template",
     "UltrafuserError",
     "__version__",
+    "load_engine",
     "load_recipe",
     "load_template",
 ]
@@ -52,6 +59,9 @@ _HOME = {
     "AnswerScore": "ultrafuser.generation",
     "Completion": "ultrafuser.generation",
     "Conversation": "ultrafuser.chat.messages",
+    "Engine": "ultrafuser.engine.engine",
+    "EngineGenerator": "ultrafuser.engine.generator",
+    "EngineOptions": "ultrafuser.engine.engine",
     "FusedConfig": "ultrafuser.model.configuration",
     "FusedForCausalLM": "ultrafuser.model.fused",
     "FusedGenerator": "ultrafuser.model.generator",
@@ -62,6 +72,7 @@ _HOME = {
     "SamplingParams": "ultrafuser.generation",
     "Template": "ultrafuser.chat.template",
     "UltrafuserError": "ultrafuser.errors",
+    "load_engine": "ultrafuser.engine.load",
     "load_recipe": "ultrafuser.config.load",
     "load_template": "ultrafuser.chat.library",
 }

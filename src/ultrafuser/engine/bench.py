@@ -39,6 +39,7 @@ class DecodeTiming:
         tokens_per_s: Of all choices together, median over repetitions.
         tokens_per_pass: More than 1 where drafts were kept.
         bandwidth: GB/s at which weights were read, each once a pass; None with drafts.
+        memory_bytes: Weights that a pass reads, and the caches at the end.
         extra_loss: Nats per token that these weights lose against exact ones; None for exact ones.
     """
 
@@ -49,6 +50,7 @@ class DecodeTiming:
     tokens_per_s: float
     tokens_per_pass: float
     bandwidth: float | None
+    memory_bytes: int
     extra_loss: float | None = None
 
 
@@ -119,13 +121,14 @@ def time_decoding(
         max_tokens: Tokens of every answer.
         params: Temperature and seed; the rest is set here.
     """
-    speeds, passes, pass_ms = [], [], []
+    speeds, passes, pass_ms, cached = [], [], [], 0
     for first in range(0, len(prompts) - batch + 1, batch):
         _read_prompts(engine, prompts[first : first + batch], params, max_tokens)
         before = engine.stats()
         times = []
         while engine.num_decoding == batch:
             times.append(_seconds(engine.step))
+            cached = max(cached, engine.stats().cached_tokens)
         after = engine.stats()
         while engine.step():
             continue
@@ -143,6 +146,7 @@ def time_decoding(
         tokens_per_s=statistics.median(speeds),
         tokens_per_pass=per_pass,
         bandwidth=None if engine.planner.kinds else engine.weight_bytes / step_ms / 1e6,
+        memory_bytes=engine.weight_bytes + engine.runner.bytes_per_token * cached,
     )
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ ASK = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 
 def make_engine(**options: Any) -> EngineThread:
     """The real engine over three tiny specialists in the paper's templates."""
-    settings = {"max_context": 256, "max_choices": 4, **options}
+    settings = {"max_context": 512, "max_choices": 4, **options}
     return EngineThread(Engine(make_fused(), make_tokenizer(), EngineOptions(**settings)), max_waiting=64)
 
 
@@ -314,17 +315,21 @@ class Command:
 
     @property
     def out(self) -> str:
-        return (self.folder / "out").read_text()
+        return self._read("out")
 
     @property
     def err(self) -> str:
-        return (self.folder / "err").read_text()
+        return self._read("err")
 
     @property
     def code(self) -> int | None:
         """Its exit code, None while it runs."""
         file = self.folder / "code"
         return int(file.read_text()) if file.exists() and file.read_text() else None
+
+    def _read(self, name: str) -> str:
+        file = self.folder / name
+        return file.read_text() if file.exists() else ""
 
     def wait(self, within_s: float = 20.0) -> int:
         """Its exit code."""
@@ -353,7 +358,7 @@ class Commands:
         )
 
     def start(self, folder: Path, *argv: str, **more: Any) -> Command:
-        """Run `ultrafuser ARGV`; `more`: err (a file for stderr), nofile, address_space (limits), env."""
+        """Run `ultrafuser ARGV`; `more`: err (a file for stderr), nofile, address_space (limits; bytes to add), env."""
         folder.mkdir(parents=True, exist_ok=True)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -366,6 +371,10 @@ class Commands:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(20)
+
+
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def _fork_for_each_line() -> None:
@@ -382,11 +391,13 @@ def _fork_for_each_line() -> None:
             print(child, flush=True)
             continue
         folder = Path(order["folder"])
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, name in ((1, "out"), (2, order.get("err", folder / "err"))):
             os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), number)
         for limit, value in ((resource.RLIMIT_NOFILE, "nofile"), (resource.RLIMIT_AS, "address_space")):
             if value in order:
-                resource.setrlimit(limit, (order[value], order[value]))
+                most = order[value] + (_address_space() if limit == resource.RLIMIT_AS else 0)
+                resource.setrlimit(limit, (most, most))
         os.environ.update(order.get("env", {}))
         sys.argv = ["ultrafuser", *order["argv"]]
         code = 0
@@ -394,6 +405,9 @@ def _fork_for_each_line() -> None:
             run()
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
+        except BaseException:
+            code = 70
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             (folder / "code").write_text(str(code))

@@ -303,7 +303,7 @@ def test_models_tell_specialists_and_context(client: openai.OpenAI):
     (model,) = client.models.list().data
 
     assert model.id == MODEL
-    assert model.model_dump()["fusion"] == {"specialists": NAMES, "max_context": 256}
+    assert model.model_dump()["fusion"] == {"specialists": NAMES, "max_context": 512}
 
 
 def test_tokenize_and_back(served: Served):

@@ -212,18 +212,18 @@ def test_row_33_the_log_is_one_line_of_printable_characters(served: Served, capl
     from ultrafuser.server.log import _JsonFormatter
 
     secret = "my secret question"
+
+    def lines() -> list[str]:
+        return [_JsonFormatter().format(record) for record in caplog.records if record.name == "ultrafuser.server"]
+
     with caplog.at_level(logging.INFO, "ultrafuser.server"):
         served.ask(messages=[{"role": "user", "content": secret}], user="\r\n\x1b[2Jroot")
         served.ask(model="a\r\nb\x1b[2J\u202e")
         served.client.get("/nothing%0d%0a%1b[2J?key=" + KEY)
         served.client.get("/version", headers=[(b"X-Request-Id", b"a b")])
+        assert eventually(lambda: len(lines()) == 4)  # a line follows its response
 
-    def lines_so_far() -> list[str]:
-        return [_JsonFormatter().format(record) for record in caplog.records if record.name == "ultrafuser.server"]
-
-    assert eventually(lambda: len(lines_so_far()) == 4)  # a line follows its response
-    lines = lines_so_far()
-    for line in lines:
+    for line in lines():
         assert line.isascii()
         assert line.isprintable()
         entry = json.loads(line)
@@ -232,7 +232,7 @@ def test_row_33_the_log_is_one_line_of_printable_characters(served: Served, capl
         assert len(entry["key"]) == 8
         for word in (secret, KEY, "hello", "root", "nothing"):
             assert word not in line
-    first = json.loads(lines[0])
+    first = json.loads(lines()[0])
     assert (first["route"], first["status"], first["completion_tokens"]) == ("/v1/chat/completions", 200, 5)
     assert first["total_s"] >= first["first_token_s"] >= 0
 

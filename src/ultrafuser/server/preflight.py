@@ -7,16 +7,20 @@ import json
 import os
 import resource
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ultrafuser.errors import ConfigError, ModelError
+from ultrafuser.chat.messages import Message
+from ultrafuser.chat.template import Template
+from ultrafuser.errors import ConfigError, ModelError, TemplateError, UltrafuserError
 from ultrafuser.server.keys import VARIABLE, KeyRing
 
 CONFIG = "config.json"
 _MARGIN = 1.1  # of the weights' bytes: the rest of the process
 _BACKLOG = 2048
+_TEMPLATE_S, _TEMPLATE_CHARACTERS = 10.0, 100_000  # of one question: seconds, characters
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -64,11 +68,16 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def check_model(place: str) -> None:
+def check_model(place: str, *, template: str = "tokenizer") -> None:
     """Look at a model folder without loading it; a hub id is looked at by the loader.
+
+    Args:
+        place: Folder, hub id, or file.
+        template: Of a model that is not fused.
 
     Raises:
         ModelError: Something is missing or damaged, or the weights are larger than the memory.
+        TemplateError: A template that came with the model fails, or does not end.
     """
     folder = Path(place).expanduser()
     if not folder.exists():
@@ -84,6 +93,41 @@ def check_model(place: str) -> None:
             f"too little memory: the weights of {place} take {num_bytes / 2**30:.2f} GiB, {have / 2**30:.2f} GiB "
             "are free: serve a smaller model, or free some"
         )
+    for source in _templates(folder, template):
+        _try_template(source, place)
+
+
+def _templates(folder: Path, template: str) -> list[str]:
+    """Texts of the templates that came with a model and will be used."""
+    config = _read_config(folder)
+    if config.get("model_type") == "ultrafuser":
+        return [str(part.get("source", "")) for part in config.get("templates") or []]
+    if template != "tokenizer":
+        return []
+    file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    own = _read_json(settings).get("chat_template") if settings.is_file() else None
+    return [file.read_text(encoding="utf-8")] if file.is_file() else [own] if isinstance(own, str) else []
+
+
+def _try_template(source: str, place: str) -> None:
+    """A template is a stranger's program: let it write one question, in bounded time."""
+    result: list[str | UltrafuserError] = []
+
+    def render() -> None:
+        try:
+            result.append(Template("of the model", source).render((Message("user", "question"),)))
+        except UltrafuserError as error:
+            result.append(error)
+
+    thread = threading.Thread(target=render, daemon=True)  # one that does not end does not keep the process
+    thread.start()
+    thread.join(_TEMPLATE_S)
+    if not result:
+        raise TemplateError(f"the template of {place} takes longer than {_TEMPLATE_S:g} s for one question")
+    if isinstance(result[0], UltrafuserError):
+        raise result[0]
+    if len(result[0]) > _TEMPLATE_CHARACTERS:
+        raise TemplateError(f"the template of {place} writes {len(result[0]):,} characters for one question")
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:
@@ -148,5 +192,6 @@ def available_bytes() -> int:
         limits.append(int(text) - int(current.read_text(encoding="ascii")))
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
-        limits.append(soft)
+        used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+        limits.append(soft - used)
     return max(0, min(limits)) if limits else 2**63

@@ -78,7 +78,7 @@ def serve(options: ServeOptions, ready: Callable[[str], None] = print) -> int:
     keys = KeyRing.read(options.key_file)
     check_reach(options.host, keys, without_keys=options.without_keys)
     with bind(options.host, options.port) as listener:
-        check_model(options.place)
+        check_model(options.place, template=options.template)
         engine = _load(options)
         from ultrafuser.engine.thread import EngineThread
         from ultrafuser.server.app import create_app
@@ -95,22 +95,24 @@ def serve(options: ServeOptions, ready: Callable[[str], None] = print) -> int:
 
 
 def _load(options: ServeOptions) -> Engine:
+    from transformers.utils.logging import disable_progress_bar
+
     from ultrafuser.engine.engine import EngineOptions
     from ultrafuser.engine.load import load_engine
     from ultrafuser.model.load import LoadOptions
 
+    disable_progress_bar()  # stderr is for the log, a line for each thing
     try:
         return load_engine(
             options.place,
             EngineOptions(max_context=options.max_context, max_choices=options.max_running),
             LoadOptions(options.template, options.dtype, options.device),
         )
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        raise ModelError(
-            f"too little memory to load {options.place}: serve a smaller model, or lower --max-running or --max-context"
-        ) from error
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:  # of transformers, which has no tree of its own
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, MemoryError) or "memory" in reason:
+            reason = "too little memory: serve a smaller model, or lower --max-running or --max-context"
+        raise ModelError(f"{options.place} cannot be loaded: {reason}") from error
 
 
 def _settings(options: ServeOptions) -> ServerSettings:

@@ -188,7 +188,8 @@ def test_a_key_may_ask_so_much_at_once():
     with serving(engine, limits=Limits(requests_at_once=1)) as served:
         body = ASK | {"stream": True}
         with served.client.stream("POST", "/v1/chat/completions", json=body) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()  # kept: when it is gone, the stream is closed
+            next(lines)
             assert served.ask().status_code == 429
         assert served.is_idle()
         assert served.ask(max_tokens=1).status_code == 200

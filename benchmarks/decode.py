@@ -135,10 +135,10 @@ class Bench:
     def __init__(self, place: str, *, quick: bool) -> None:
         self.place = place
         self.tokens = 16 if quick else 32
-        self.draft_tokens = 32 if quick else 96
+        self.draft_tokens = 32 if quick else 64
         self.tokenizer = AutoTokenizer.from_pretrained(place)
         self.whole: FusedForCausalLM = FusedForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
-        self.prompts = read_prompts(place, 2 if quick else 4)
+        self.prompts = read_prompts(place, 2 if quick else 3)
         self.seeds = (0,) if quick else (0, 1)
         limits = [config.max_position_embeddings for config in self.whole.config.specialist_configs.values()]
         self.context = min([1024, *limits])

@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from ultrafuser.chat.messages import Message
+from ultrafuser.engine.choice import Choice
 from ultrafuser.engine.drafts import DraftKind
 from ultrafuser.engine.engine import Engine, EngineOptions
 from ultrafuser.engine.requests import GenerationRequest, Ids, StreamEvent, TokenPiece
 from ultrafuser.engine.runner import RunnerKind
 from ultrafuser.engine.weights import WeightFormat
-from ultrafuser.errors import ConfigError
+from ultrafuser.errors import ConfigError, ModelError
 from ultrafuser.generation import SamplingParams
 from ultrafuser.model.load import LoadOptions, load_model
 
@@ -123,16 +124,16 @@ def time_decoding(
     """
     speeds, passes, pass_ms, cached = [], [], [], 0
     for first in range(0, len(prompts) - batch + 1, batch):
-        _read_prompts(engine, prompts[first : first + batch], params, max_tokens)
-        before = engine.stats()
-        times = []
-        while engine.num_decoding == batch:
+        choices = _read_prompts(engine, prompts[first : first + batch], params, max_tokens)
+        before, tokens, times = engine.stats().generated_tokens, 0, []
+        while tokens < batch * max_tokens:
             times.append(_seconds(engine.step))
-            cached = max(cached, engine.stats().cached_tokens)
-        after = engine.stats()
+            tokens = engine.stats().generated_tokens - before
+        cached = max(cached, engine.stats().cached_tokens)
+        for choice in choices:
+            choice.cancelled = True
         while engine.step():
             continue
-        tokens = after.generated_tokens - before.generated_tokens
         speeds.append(tokens / sum(times))
         passes.append(tokens / batch / len(times))
         pass_ms.append(1e3 * statistics.median(times))
@@ -209,16 +210,25 @@ def as_rows(timings: Sequence[DecodeTiming]) -> list[dict[str, object]]:
     return [asdict(timing) for timing in timings]
 
 
-def _read_prompts(engine: Engine, prompts: Sequence[Rows], params: SamplingParams, max_tokens: int) -> None:
-    """Bring prompts so far that all of them decode."""
+def _read_prompts(engine: Engine, prompts: Sequence[Rows], params: SamplingParams, max_tokens: int) -> list[Choice]:
+    """Bring prompts so far that all of them decode, the first of them with `max_tokens` and a draft to go."""
+    chunk = engine.options.chunk
+    rounds = sum(-(-max(map(len, rows)) // chunk) for rows in prompts)  # the first decodes while others are read
+    choices = []
     for number, rows in enumerate(prompts):
         seed = None if params.seed is None else params.seed + number
         wanted = SamplingParams(
-            max_tokens=max_tokens, temperature=params.temperature, top_p=params.top_p, seed=seed, ignore_end=True
+            max_tokens=10 * rounds + max_tokens + 10,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            seed=seed,
+            ignore_end=True,
         )
-        engine.add(GenerationRequest(rows, wanted), _ignore)
+        choices += engine.add(GenerationRequest(rows, wanted), _ignore)
     while engine.num_decoding < len(prompts):
-        engine.step()
+        if not engine.step():
+            raise ModelError(f"{len(prompts)} choices do not fit at once: allow a larger context, or measure fewer")
+    return choices
 
 
 def _seconds(function: object) -> float:

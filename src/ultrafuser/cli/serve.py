@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -33,6 +33,10 @@ def serve(
     max_context: Annotated[
         int, typer.Option(help="Tokens of prompt and answer; 0 takes the model's, 4096 at most.", min=0)
     ] = 0,
+    weights: Annotated[
+        Literal["exact", "half", "int8"], typer.Option(help="Format of the weights; half and int8 are for CPUs.")
+    ] = "exact",
+    drafts: Annotated[str, typer.Option(help="Kinds of speculation by comma: lookup, self; or none.")] = "lookup,self",
     max_tokens: Annotated[int, typer.Option(help="Longest answer; 0 takes the context.", min=0)] = 0,
     requests_per_minute: Annotated[int, typer.Option(help="Of one key; 0: any number.", min=0)] = 0,
     requests_at_once: Annotated[int, typer.Option(help="Of one key; 0: any number.", min=0)] = 0,
@@ -67,6 +71,8 @@ def serve(
         max_running=max_running,
         max_waiting=max_waiting,
         max_context=max_context,
+        weights=weights,
+        drafts=tuple(kind for kind in drafts.split(",") if kind not in ("", "none")),
         template=template,
         dtype=dtype,
         device=device,

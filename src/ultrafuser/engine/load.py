@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
+from ultrafuser.engine.drafts import DraftKind
 from ultrafuser.engine.engine import Engine, EngineOptions
+from ultrafuser.engine.runner import RunnerKind
+from ultrafuser.engine.weights import WeightFormat
+from ultrafuser.errors import ConfigError
 from ultrafuser.model.load import LoadOptions, load_model
 
 
@@ -20,3 +26,18 @@ def load_engine(place: str, options: EngineOptions = EngineOptions(), load: Load
     """
     model, tokenizer = load_model(place, load)
     return Engine(model, tokenizer, options)
+
+
+def make_options(**values: Any) -> EngineOptions:
+    """Options from what a user typed.
+
+    Raises:
+        ConfigError: A runner, format or kind of draft that there is not.
+    """
+    known = {"runner": get_args(RunnerKind), "weights": get_args(WeightFormat), "drafts": get_args(DraftKind)}
+    for option, choices in known.items():
+        given = values.get(option, ())
+        for value in (given,) if isinstance(given, str) else given:
+            if value not in choices:
+                raise ConfigError(f"{option} {value!r} is not known: choose of {', '.join(choices)}")
+    return EngineOptions(**values)

@@ -40,6 +40,7 @@ class ServeOptions:
         allowed_hosts: Host headers besides the address itself; empty allows any where others can reach the server.
         max_running, max_waiting: Choices that run at once, and that wait.
         max_context: Tokens of prompt and answer; 0 takes the model's.
+        weights, drafts: Of the engine (`EngineOptions`).
         template, dtype, device: How to load; the template is for a model that is not fused.
         limits, deadlines: Of the server.
     """
@@ -54,6 +55,8 @@ class ServeOptions:
     max_running: int = 16
     max_waiting: int = 256
     max_context: int = 0
+    weights: str = "exact"
+    drafts: tuple[str, ...] = ("lookup", "self")
     template: str = "tokenizer"
     dtype: str = ""
     device: str = ""
@@ -97,15 +100,20 @@ def serve(options: ServeOptions, ready: Callable[[str], None] = print) -> int:
 def _load(options: ServeOptions) -> Engine:
     from transformers.utils.logging import disable_progress_bar
 
-    from ultrafuser.engine.engine import EngineOptions
-    from ultrafuser.engine.load import load_engine
+    from ultrafuser.engine.load import load_engine, make_options
     from ultrafuser.model.load import LoadOptions
 
     disable_progress_bar()  # stderr is for the log, a line for each thing
     try:
         return load_engine(
             options.place,
-            EngineOptions(max_context=options.max_context, max_choices=options.max_running),
+            make_options(
+                max_context=options.max_context,
+                max_choices=options.max_running,
+                weights=options.weights,
+                drafts=options.drafts,
+                release_model=True,
+            ),
             LoadOptions(options.template, options.dtype, options.device),
         )
     except (MemoryError, OSError, RuntimeError, ValueError) as error:  # of transformers, which has no tree of its own

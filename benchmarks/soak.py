@@ -162,19 +162,8 @@ class Soak:
 @contextmanager
 def server(model: str) -> Iterator[tuple[str, int]]:
     """A server of its own: address and process."""
-    command = [
-        sys.executable,
-        "-m",
-        "ultrafuser",
-        "serve",
-        model,
-        "--port",
-        "0",
-        "--name",
-        "soak",
-        "--max-running",
-        "16",
-    ]
+    script = str(Path(sys.executable).with_name("ultrafuser"))
+    command = [script, "serve", model, "--port", "0", "--name", "soak", "--max-running", "16"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         line = process.stdout.readline()

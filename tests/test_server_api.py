@@ -323,6 +323,7 @@ def test_facts_about_the_server(served: Served):
     import ultrafuser
 
     served.ask(max_tokens=2, temperature=0, ignore_eos=True)
+    assert served.is_idle()
     figures = served.client.get("/metrics").text
 
     assert served.client.get("/health").json() == {"status": "ok"}

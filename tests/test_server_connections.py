@@ -249,7 +249,7 @@ def test_row_20_a_client_that_goes_away_frees_everything(stream: bool, when: str
             if when == "with a reset":
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-        assert served.is_idle(within_s=1.0)
+        assert served.is_idle(within_s=2.0)  # one second, and one for a busy machine
         assert engine.num_cancelled == 1
 
 
@@ -271,7 +271,7 @@ def test_row_20_two_hundred_impatient_clients():
 
         assert served.is_idle(5.0)
         assert served.ask(max_tokens=4).status_code == 200
-        assert served.engine.stats().num_running == 0
+        assert served.is_idle()
         assert eventually(lambda: num_files() <= before + 2)
 
 

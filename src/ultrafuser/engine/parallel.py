@@ -180,7 +180,7 @@ def run_rank(
 
         # answer.py; python -m torch.distributed.run --nproc-per-node 3 answer.py
         if (engine := run_rank("runs/demo/model")) is not None:
-            print(EngineGenerator(engine).generate([[{"role": "user", "content": "Hello"}]], SamplingParams())[0].text)
+            print(EngineGenerator(engine).generate([(Message("user", "Hello"),)], SamplingParams())[0].text)
             close_ranks(engine)
 
     Args:

@@ -123,17 +123,19 @@ class Ranks:
             if failure is not None:
                 self._write({"failure": f"{type(failure).__name__}: {_one_line(failure)}"}, 0, self._timeout_s)
             return None
-        reports = {
-            rank: self._read(rank, self._timeout_s)["failure"] for rank in range(1, len(self.names)) if flags[rank] > 0
-        }
+        try:
+            flagged = [rank for rank in range(1, len(self.names)) if flags[rank] > 0]
+            reports = {rank: self._read(rank, self._timeout_s)["failure"] for rank in flagged}
+        except RuntimeError as error:
+            raise self._lost(error) from error
         if failure is not None:
             raise failure
         for rank, text in reports.items():
             if flags[rank] == _OUT_OF_MEMORY:
                 raise torch.OutOfMemoryError(f"{self._who(rank)}: {text}")
-            self.close(failed := f"{self._who(rank)} failed: {text}")
-            self.failure = failed
-            raise ModelError(failed)
+            self.close(reason := f"{self._who(rank)} failed: {text}")
+            self.failure = reason
+            raise ModelError(reason)
         return total[: -len(self.names)].view_as(part)
 
     def close(self, failure: str | None = None) -> list[int]:

@@ -97,6 +97,7 @@ class Engine:
         tokenizer: The shared tokenizer.
         options: How.
         draft: A small model of the same vocabulary, for drafts of kind "model"; it reads the first specialist's view.
+        runner: Runs the views, where that is not done in this process; it must have room for `options`.
 
     Raises:
         ConfigError: Options that these specialists do not allow.
@@ -110,6 +111,7 @@ class Engine:
         options: EngineOptions = EngineOptions(),
         *,
         draft: PreTrainedModel | None = None,
+        runner: Runner | None = None,
     ) -> None:
         templates = read_templates(model.config)
         if not templates:
@@ -125,7 +127,7 @@ class Engine:
                 "vocabulary"
             )
         self.max_context, num_slots = fit_slots(model, options, draft=draft)
-        self.runner = Runner(
+        self.runner = runner or Runner(
             model,
             num_slots=num_slots,
             max_context=self.max_context,

@@ -23,7 +23,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoTokenizer
 
-import ultrafuser.engine.engine as engine_module
 from ultrafuser.engine.engine import Engine, EngineOptions
 from ultrafuser.engine.memory import fit_slots, free_bytes
 from ultrafuser.engine.ranks import Ranks, join_ranks
@@ -216,7 +215,7 @@ def run_rank(
     runner = ParallelRunner(whole, shard, **sums)
     fitting = replace(options, max_context=context, max_choices=num_slots, cache_bytes=2**62, runner="auto")
     atexit.register(_leave, runner, owns)
-    return _make_engine(runner, AutoTokenizer.from_pretrained(place), fitting)
+    return Engine(whole, AutoTokenizer.from_pretrained(place), fitting, runner=runner)
 
 
 def close_ranks(engine: Engine) -> None:
@@ -229,17 +228,6 @@ def _leave(runner: ParallelRunner, owns: bool) -> None:
     runner.close()
     if owns and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _make_engine(runner: ParallelRunner, tokenizer: Any, options: EngineOptions) -> Engine:
-    # Engine makes its own runner, by this name.
-    names = vars(engine_module)
-    usual = names["Runner"]
-    names["Runner"] = lambda *_, **__: runner
-    try:
-        return Engine(runner.model, tokenizer, options)
-    finally:
-        names["Runner"] = usual
 
 
 def _make_shard(

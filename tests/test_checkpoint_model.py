@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import ultrafuser.model.fused  # noqa: F401  registers the architecture
@@ -475,3 +475,13 @@ def test_a_folder_that_holds_no_fused_model_is_refused_in_one_line(tmp_path):
         FusedForCausalLM.from_pretrained(tmp_path / "llama")
     with pytest.raises(ModelError, match=r"^no fused model could be loaded from [^\n]+$"):
         FusedForCausalLM.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_folder_that_lacks_a_weight_is_refused_and_not_filled_with_random_numbers(tmp_path):
+    folder = save_fused(make_fused(), tmp_path / "fused", tokenizer=make_tokenizer())
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("specialists.code.model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ModelError, match=r"lacks the weight 'specialists.code.model.layers.1.mlp.up_proj.weight'"):
+        FusedForCausalLM.from_pretrained(folder)

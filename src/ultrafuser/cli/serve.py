@@ -37,6 +37,10 @@ def serve(
         Literal["exact", "half", "int8"], typer.Option(help="Format of the weights; half and int8 are for CPUs.")
     ] = "exact",
     drafts: Annotated[str, typer.Option(help="Kinds of speculation by comma: lookup, self; or none.")] = "lookup,self",
+    parallel: Annotated[
+        bool,
+        typer.Option("--parallel", help="One process for each specialist: see docs/serve.md for how to start them."),
+    ] = False,
     max_tokens: Annotated[int, typer.Option(help="Longest answer; 0 takes the context.", min=0)] = 0,
     requests_per_minute: Annotated[int, typer.Option(help="Of one key; 0: any number.", min=0)] = 0,
     requests_at_once: Annotated[int, typer.Option(help="Of one key; 0: any number.", min=0)] = 0,
@@ -72,6 +76,7 @@ def serve(
         max_waiting=max_waiting,
         max_context=max_context,
         weights=weights,
+        parallel=parallel,
         drafts=tuple(kind for kind in drafts.split(",") if kind not in ("", "none")),
         template=template,
         dtype=dtype,

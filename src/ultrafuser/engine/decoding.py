@@ -127,7 +127,13 @@ def _weigh(
     runner: Runner, blocks: Sequence[Block], rows: Mapping[int, Tensor], skipped: Mapping[int, set[int]]
 ) -> Tensor:
     """Weights [M, N]: of the gate, held from the prompt, or fixed by the request."""
-    scores = runner.scores(rows)
+    first = next(iter(rows.values()))
+    if all(block.choice.held_scores is not None or block.choice.weights is not None for block in blocks):
+        scores = first.new_zeros(
+            (len(first), runner.num_specialists), dtype=torch.float32
+        )  # what stands instead follows
+    else:
+        scores = runner.scores(rows)
     device = scores.device
     counts = torch.tensor([block.rows for block in blocks], device=device)
     if any(block.choice.held_scores is not None for block in blocks):

@@ -26,7 +26,7 @@ from ultrafuser.engine.drafts import PLAIN, DraftHistory, DraftKind, Lookup, Pla
 from ultrafuser.engine.memory import fit_slots
 from ultrafuser.engine.prefill import first_logits, first_weights, has_read_prompt, read_chunk
 from ultrafuser.engine.requests import EngineStats, GenerationRequest, Listener
-from ultrafuser.engine.runner import Runner, RunnerKind
+from ultrafuser.engine.runner import MARGIN, Runner, RunnerKind
 from ultrafuser.engine.sampling import Sampler
 from ultrafuser.engine.skipping import Absences
 from ultrafuser.engine.weights import WeightFormat
@@ -131,7 +131,7 @@ class Engine:
             model,
             num_slots=num_slots,
             max_context=self.max_context,
-            margin=16,
+            margin=MARGIN,
             kind=options.runner,
             form=options.weights,
             draft=draft,

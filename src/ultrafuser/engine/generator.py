@@ -21,7 +21,9 @@ class EngineGenerator:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._scorer = FusedGenerator(engine.model, engine.tokenizer)
+        released = engine.options.release_model and engine.options.weights != "exact"
+        whole = not released and engine.model.device.type != "meta"  # ranks hold one specialist each
+        self._scorer = FusedGenerator(engine.model, engine.tokenizer) if whole else None
 
     @property
     def names(self) -> list[str]:
@@ -58,7 +60,13 @@ class EngineGenerator:
         return [completion for collector in collectors for completion in collector.completions()]
 
     def score(self, conversations: Sequence[Conversation]) -> list[AnswerScore]:
-        """Log-probabilities of the assistant messages of each conversation."""
+        """Log-probabilities of the assistant messages of each conversation.
+
+        Raises:
+            ModelError: The engine's model has given its weights away.
+        """
+        if self._scorer is None:
+            raise ModelError("this engine holds no whole model to score with: use FusedGenerator, or exact weights")
         return self._scorer.score(conversations)
 
 

@@ -99,9 +99,6 @@ class LlamaStack:
         self.embeddings: list[Any] = [model.get_input_embeddings() for model in models]
         self.head = make_product([[model.get_output_embeddings()] for model in models], form, num_threads=num_threads)
         self.cos, self.sin = self._rotations(bases[0], length)
-        if form == "exact":
-            for model in models:
-                model.register_state_dict_post_hook(_lay_rows_in_order)
 
     @property
     def kv_heads(self) -> list[tuple[int, int]]:
@@ -236,16 +233,6 @@ def _windows(config: Any) -> list[int | None]:
     if config.model_type == "mistral":
         return [window] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def _lay_rows_in_order(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Give whoever saves the model ordinary tensors for what is stored transposed; tied ones stay one."""
-    del model, metadata
-    ordinary: dict[tuple[int, torch.Size], Tensor] = {}
-    for key, value in state.items():
-        if key.startswith(prefix) and not value.is_contiguous():
-            place = (value.data_ptr(), value.shape)
-            state[key] = ordinary.setdefault(place, value.contiguous())
 
 
 def _signature(model: PreTrainedModel) -> tuple[Any, ...]:

@@ -50,6 +50,11 @@ def fit_slots(
     return context, slots
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether less work would do; the CPU's allocator raises a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that nobody uses, on a device or in the machine."""
     if device.type == "cuda":

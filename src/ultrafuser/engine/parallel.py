@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from ultrafuser.engine.engine import Engine, EngineOptions
 from ultrafuser.engine.memory import fit_slots, free_bytes
 from ultrafuser.engine.ranks import Ranks, join_ranks
-from ultrafuser.engine.runner import Feed, Runner
+from ultrafuser.engine.runner import MARGIN, Feed, Runner
 from ultrafuser.engine.shard import LARGEST_SCORE, Question, Shard
 from ultrafuser.errors import ConfigError, ModelError, UltrafuserError
 from ultrafuser.model.configuration import FusedConfig
@@ -37,7 +37,6 @@ from ultrafuser.model.specialist import first_line
 
 log = logging.getLogger(__name__)
 
-_MARGIN = 16  # of Engine
 _LOAD_TIMEOUT_S = 1800.0
 _LONG = 32  # tokens of a row from which a pass begins at once, and not with the next question
 
@@ -252,7 +251,7 @@ def _make_shard(
             part,
             num_slots=num_slots,
             max_context=context,
-            margin=_MARGIN,
+            margin=MARGIN,
             form=options.weights,
             static_shapes=options.static_shapes,
             release=options.release_model,

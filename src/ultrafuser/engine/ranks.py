@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ultrafuser.engine.memory import is_out_of_memory
 from ultrafuser.errors import ConfigError, ModelError
 
 _FIRST_BYTES = 4096  # what nearly all messages fit into; the rest of a longer one follows by itself
@@ -204,11 +205,6 @@ def _encode(message: dict[str, Any]) -> list[Tensor]:
     content = len(content).to_bytes(_LENGTH_BYTES, "big") + content
     parts = [content[:_FIRST_BYTES].ljust(_FIRST_BYTES), content[_FIRST_BYTES:]]
     return [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts if part]
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether less work would do; the CPU's allocator raises a RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def join_ranks(timeout_s: float) -> bool:

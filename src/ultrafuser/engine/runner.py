@@ -27,6 +27,7 @@ from ultrafuser.model.backbone import head_logits, last_hidden_state
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.fusion import fuse_logits, gate_weights, uniform_scores
 
+MARGIN = 16  # columns of a slot beyond the context, which shorter rows of a block may fill with rubbish
 RunnerKind = Literal["auto", "sequential", "stacked"]
 _CHECKED = 6  # tokens of the text on which a backbone is compared with its model
 _LONGEST_WINDOW = 512

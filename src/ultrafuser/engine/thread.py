@@ -13,6 +13,7 @@ import torch
 from ultrafuser.chat.messages import Conversation
 from ultrafuser.engine.choice import Choice, State
 from ultrafuser.engine.engine import Engine
+from ultrafuser.engine.memory import is_out_of_memory
 from ultrafuser.engine.requests import EngineStats, GenerationRequest, Ids, Listener, StreamEvent
 from ultrafuser.errors import BusyError
 
@@ -114,13 +115,18 @@ class EngineThread:
             self._lock.notify_all()
             return self._lock.wait_for(lambda: (self._idle and not self._inbox) or self._failure is not None, timeout_s)
 
-    def close(self, timeout_s: float | None = None) -> None:
-        """End what is left and the thread; with a timeout, do not wait longer for a step that hangs."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """End what is left and the thread; with a timeout, do not wait longer for a step that hangs.
+
+        Returns:
+            Whether the thread has ended.
+        """
         with self._lock:
             self._closing = True
             self._lock.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _cancel(self, handle: Handle) -> None:
         with self._lock:
@@ -142,7 +148,7 @@ class EngineThread:
         try:
             self._engine.step()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             log.warning("out of memory: everything that ran was ended")
             self._engine.fail_all("out of memory: ask for less, or again when less is running")
@@ -196,8 +202,3 @@ def _guarded(handle: Handle, listener: Listener) -> Listener:
                 choice.cancelled = True
 
     return listen
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # The allocator of the CPU raises a RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,10 +1,10 @@
 """How weights lie in memory and are multiplied when there are only a few rows.
 
 Decoding reads every weight once for a handful of rows, so it is as fast as memory is read, and torch's own linear layer
-reads it with one thread when rows are few. Two things mend that without changing a value: the product is
-cut into one part per thread (a batched product over a view of the same weights), and a weight much taller than wide
-is stored transposed. Both are fixed rules and not measurements, so that a model's answers do not depend on what else
-the machine did at start.
+reads it with one thread when rows are few. Two things mend that without changing a value: the product is cut into one
+part per thread (a batched product over a view of the same weights), and up to four rows stand on the right of the
+weight, where the library has kernels for narrow matrices. Both are fixed rules and not measurements, so that a model's
+answers do not depend on what else the machine did at start.
 
 Reduced weights (`half`, `int8`) go through kernels that torch brings: measured, they beat what torchao does without a
 compiler.
@@ -25,7 +25,7 @@ from ultrafuser.errors import ConfigError
 
 WeightFormat = Literal["exact", "half", "int8"]
 FEW_ROWS = 16  # above that torch's own product uses all threads
-TALL = 2.0  # outputs per input from which a weight is stored transposed
+VERY_FEW_ROWS = 4  # up to that the weight stands on the left
 _FEW_INT8_ROWS = 8  # above that its kernel is slower than reading the weight back
 
 
@@ -50,36 +50,30 @@ class ExactProduct:
     def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int) -> None:
         first = parts[0]
         num_out, num_in = sum(linear.out_features for linear in first), first[0].in_features
-        weight = first[0].weight
-        on_cpu = weight.device.type == "cpu"
-        self.transposed = on_cpu and num_out >= TALL * num_in
-        shape = (num_in, num_out) if self.transposed else (num_out, num_in)
-        self.weight = torch.empty((len(parts), *shape), dtype=weight.dtype, device=weight.device)
+        kind = first[0].weight
+        self.weight = torch.empty((len(parts), num_out, num_in), dtype=kind.dtype, device=kind.device)
         self.bias = _joined_bias(parts)
         for j, linears in enumerate(parts):
             start = 0
             for linear in linears:
-                stop = start + linear.out_features
-                view = self.weight[j, :, start:stop].t() if self.transposed else self.weight[j, start:stop]
+                view = self.weight[j, start : start + linear.out_features]
                 view.copy_(linear.weight.detach())
                 linear.weight.data = view  # the model goes on working, and nothing is held twice
-                start = stop
+                start += linear.out_features
         self.num_bytes = self.weight.numel() * self.weight.element_size()
+        self.on_cpu = kind.device.type == "cpu"
         # In bf16 the kernels of oneDNN are as fast without.
-        cut = on_cpu and weight.dtype == torch.float32 and num_out % num_threads == 0
-        self.num_parts = num_threads if cut else 1
+        self.is_cut = self.on_cpu and kind.dtype == torch.float32
+        self.num_parts = num_threads if num_out % num_threads == 0 else 1
 
     def __call__(self, x: Tensor, member: int | None = None) -> Tensor:
         weight = self.weight if member is None else self.weight[member : member + 1]
-        num_members, num_rows, _ = x.shape
-        out = weight if self.transposed else weight.transpose(1, 2)  # [G, I, O]
-        # A stack of transposed weights cannot be cut without a copy; there each specialist is a part.
-        if num_rows > FEW_ROWS and out.device.type == "cpu":
-            y = torch.stack([rows @ part for rows, part in zip(x, out, strict=True)])  # each with all threads
-        elif self.num_parts == 1 or (num_members > 1 and self.transposed):
-            y = torch.bmm(x, out) if num_members > 1 else (x[0] @ out[0])[None]
+        if self.is_cut and x.shape[1] <= FEW_ROWS:
+            y = _product_in_parts(x, weight, self.num_parts)
+        elif self.on_cpu or len(x) == 1:
+            y = torch.stack([rows @ part.t() for rows, part in zip(x, weight, strict=True)])  # each with all threads
         else:
-            y = _product_in_parts(x, out, self.num_parts)
+            y = torch.bmm(x, weight.transpose(1, 2))
         if self.bias is None:
             return y
         return y + (self.bias if member is None else self.bias[member : member + 1])
@@ -163,19 +157,16 @@ def make_product(parts: Sequence[Sequence[nn.Linear]], form: WeightFormat, *, nu
 
 
 def _product_in_parts(x: Tensor, weight: Tensor, num_parts: int) -> Tensor:
-    """[G, M, I] @ [G, I, O] with the outputs cut into parts, each a product of its own that one thread does."""
+    """[G, M, I] times [G, O, I] with the outputs cut into parts, each a product of its own that one thread does."""
     num_members, num_rows, num_in = x.shape
-    num_out = weight.shape[2]
-    width = num_out // num_parts
-    # [G, I, P, O/P] -> [G * P, I, O/P]: a view, whichever way the weight lies.
-    if num_members == 1:
-        cut = weight[0].view(num_in, num_parts, width).transpose(0, 1)
-        rows = x.expand(num_parts, num_rows, num_in)
+    width = weight.shape[1] // num_parts
+    cut = weight.view(num_members * num_parts, width, num_in)
+    rows = x[:, None].expand(num_members, num_parts, num_rows, num_in).flatten(0, 1)
+    if num_rows > VERY_FEW_ROWS:
+        y = torch.bmm(rows, cut.transpose(1, 2)).view(num_members, num_parts, num_rows, width).transpose(1, 2)
     else:
-        cut = weight.view(num_members, num_in, num_parts, width).transpose(1, 2).flatten(0, 1)
-        rows = x[:, None].expand(num_members, num_parts, num_rows, num_in).flatten(0, 1)
-    y = torch.bmm(rows, cut)
-    return y.view(num_members, num_parts, num_rows, width).transpose(1, 2).reshape(num_members, num_rows, num_out)
+        y = torch.bmm(cut, rows.transpose(1, 2)).view(num_members, num_parts, width, num_rows).permute(0, 3, 1, 2)
+    return y.reshape(num_members, num_rows, num_parts * width)
 
 
 def _joined_bias(parts: Sequence[Sequence[nn.Linear]]) -> Tensor | None:

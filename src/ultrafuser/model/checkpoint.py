@@ -121,7 +121,7 @@ def load_fused(
     if config.gate_only:
         model = _load_gate_only(cls, Path(str(folder)), config, check_digests, **kwargs)
     else:
-        model = from_pretrained(folder, *args, config=config, **kwargs)
+        model = _load_whole(from_pretrained, folder, *args, config=config, **kwargs)
     if not add:
         return model
     try:
@@ -129,6 +129,16 @@ def load_fused(
     except ModelError:
         tokenizer = None
     return _add_specialists(cls, model, add, add_templates, tokenizer)
+
+
+def _load_whole(from_pretrained: Callable[..., Any], folder: Any, *args: Any, **kwargs: Any) -> Any:
+    """The loader of transformers, but a weight that is not in the folder is an error and not a random number."""
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"{folder} lacks the weight {missing[0]!r}{more}: the folder is incomplete, fetch it again")
+    return (model, info) if wants_info else model
 
 
 def _read_config(folder: Any, location: Mapping[str, Any]) -> FusedConfig:

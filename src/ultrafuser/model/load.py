@@ -49,7 +49,7 @@ def load_model(place: str, options: LoadOptions = LoadOptions()) -> tuple[FusedF
         kind = ""
     else:
         try:
-            kind = AutoConfig.from_pretrained(place).model_type
+            kind = AutoConfig.from_pretrained(place, trust_remote_code=False).model_type
         except (OSError, ValueError) as error:
             raise ModelError(f"no model can be loaded from {place!r}: {' '.join(str(error).split())[:200]}") from error
     if kind == FusedConfig.model_type:

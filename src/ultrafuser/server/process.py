@@ -41,6 +41,7 @@ class ServeOptions:
         max_running, max_waiting: Choices that run at once, and that wait.
         max_context: Tokens of prompt and answer; 0 takes the model's.
         weights, drafts: Of the engine (`EngineOptions`).
+        parallel: This process is one of several, a specialist each; the first one serves.
         template, dtype, device: How to load; the template is for a model that is not fused.
         limits, deadlines: Of the server.
     """
@@ -57,6 +58,7 @@ class ServeOptions:
     max_context: int = 0
     weights: str = "exact"
     drafts: tuple[str, ...] = ("lookup", "self")
+    parallel: bool = False
     template: str = "tokenizer"
     dtype: str = ""
     device: str = ""
@@ -78,11 +80,15 @@ def serve(options: ServeOptions, ready: Callable[[str], None] = print) -> int:
         ConfigError: The port is taken, or the keys are at fault.
         ModelError: There is no model, it is damaged, or it does not fit.
     """
+    if options.parallel and int(os.environ.get("RANK", "0")) > 0:
+        _load(options)  # lends its specialist until the first one ends
+        return 0
     keys = KeyRing.read(options.key_file)
     check_reach(options.host, keys, without_keys=options.without_keys)
     with bind(options.host, options.port) as listener:
         check_model(options.place, template=options.template)
         engine = _load(options)
+        assert engine is not None, "the first process has the engine"
         from ultrafuser.engine.thread import EngineThread
         from ultrafuser.server.app import create_app
         from ultrafuser.server.running import Server
@@ -94,10 +100,14 @@ def serve(options: ServeOptions, ready: Callable[[str], None] = print) -> int:
         log_to(sys.stderr)
         server.run([listener])
     thread.close(_CLOSE_S)
+    if options.parallel:
+        from ultrafuser.engine.parallel import close_ranks
+
+        close_ranks(engine)
     return _end(aborted=server.force_exit)
 
 
-def _load(options: ServeOptions) -> Engine:
+def _load(options: ServeOptions) -> Engine | None:
     from transformers.utils.logging import disable_progress_bar
 
     from ultrafuser.engine.load import load_engine, make_options
@@ -105,13 +115,21 @@ def _load(options: ServeOptions) -> Engine:
 
     disable_progress_bar()  # stderr is for the log, a line for each thing
     try:
-        return load_engine(
+        load: Callable[..., Engine | None] = load_engine
+        drafts = options.drafts
+        if options.parallel:
+            from ultrafuser.engine.parallel import run_rank
+
+            load = run_rank
+            # A specialist that runs ahead cannot pay where all run at once.
+            drafts = tuple(kind for kind in drafts if kind != "self")
+        return load(
             options.place,
             make_options(
                 max_context=options.max_context,
                 max_choices=options.max_running,
                 weights=options.weights,
-                drafts=options.drafts,
+                drafts=drafts,
                 release_model=True,
             ),
             LoadOptions(options.template, options.dtype, options.device),

@@ -131,14 +131,15 @@ def test_a_drafter_that_is_as_slow_as_the_model_is_not_used():
     assert planner.plan(1, [DraftHistory()], everything()) == PLAIN
 
 
-def test_costs_of_blocks_that_were_not_measured_are_guessed_from_the_nearest_shorter():
+def test_costs_of_blocks_that_were_not_measured_are_guessed_from_their_neighbours():
     costs = Costs()
     assert costs.of_pass(1, 3) is None
     costs.observe_pass(1, 1, 1.0)
-    assert costs.of_pass(1, 3) == pytest.approx(1.2)
+    assert costs.of_pass(1, 3) == pytest.approx(1.6)
     costs.observe_pass(1, 3, 2.0)
     assert costs.of_pass(1, 3) == 2.0
-    assert costs.of_pass(1, 5) == pytest.approx(2.2)
+    assert costs.of_pass(1, 2) == pytest.approx(1.5)  # between what is known
+    assert costs.of_pass(1, 5) == pytest.approx(2.6)
     assert costs.of_pass(2, 1) is None
 
 

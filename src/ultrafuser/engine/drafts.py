@@ -13,7 +13,7 @@ choice, and what passes of that many rows cost. A guess that does not pay is not
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -24,6 +24,7 @@ LENGTHS = (2, 3, 4, 6, 8)
 _KEEP = 0.9  # of an average at every observation: some ten blocks back
 _FIRST_RETRY, _LAST_RETRY = 16, 256  # tokens until a kind that did not pay is tried again
 _GAIN = 1.05  # what a draft must promise before it is made
+_ROW = 0.3  # of a pass of one row: what a further row costs as long as nothing is known
 
 
 class Plan(NamedTuple):
@@ -132,15 +133,14 @@ class Costs:
         _average(self.feeds, (kind, num_choices), seconds)
 
     def of_pass(self, num_choices: int, rows: int) -> float | None:
-        """What a pass takes: as measured, or as the nearest one measured and a tenth of one row for every row more."""
-        if (known := self.passes.get((num_choices, rows))) is not None:
-            return known
+        """What a pass takes: as measured, or as passes of fewer and of more rows let expect."""
         one = self.passes.get((num_choices, 1))
-        if one is None:
-            return None
-        known_rows = [r for b, r in self.passes if b == num_choices and r < rows]
-        nearest = max(known_rows)
-        return self.passes[num_choices, nearest] + 0.1 * one * (rows - nearest)
+        return None if one is None else _expect(self.passes, num_choices, rows, one)
+
+    def of_join(self, num_choices: int, rows: int, one: float, share: float) -> float:
+        """The same without the one that ran ahead, whose part the others' `share` leaves out."""
+        known = {(num_choices, 1): share * one, **self.joins}
+        return _expect(known, num_choices, rows, share * one)
 
 
 class Planner:
@@ -199,19 +199,31 @@ class Planner:
             whole = self.costs.of_pass(num_choices, length + 1)
             assert whole is not None, "a pass of one row was measured"
             return whole
-        rows = length if kind == "self" else length + 1
-        whole = self.costs.of_pass(num_choices, rows)
-        assert whole is not None
         feed = self.costs.feeds.get((kind, num_choices), one / self.num_specialists)
         if kind == "self":  # the drafter has read the block already
             share = (self.num_specialists - 1) / self.num_specialists
-            whole = self.costs.joins.get((num_choices, rows), share * whole)
+            whole = self.costs.of_join(num_choices, length, one, share)
+        else:
+            measured = self.costs.of_pass(num_choices, length + 1)
+            assert measured is not None, "a pass of one row was measured"
+            whole = measured
         return whole + length * feed
 
 
 def _expected(rate: float, length: int, *, bonus: bool) -> float:
     """Tokens of a block whose guesses agree at this rate; `bonus`: one more follows the last guess."""
     return float(sum(rate**i for i in range(length + bonus)))
+
+
+def _expect(known: Mapping[tuple[int, int], float], num_choices: int, rows: int, one: float) -> float:
+    """A line between the nearest measured numbers of rows; beyond the last one, `_ROW` of one row for each row."""
+    costs = {r: seconds for (b, r), seconds in known.items() if b == num_choices}
+    below = max(r for r in costs if r <= rows)
+    if (above := min((r for r in costs if r >= rows), default=None)) is None:
+        return costs[below] + _ROW * one * (rows - below)
+    if above == below:
+        return costs[below]
+    return costs[below] + (costs[above] - costs[below]) * (rows - below) / (above - below)
 
 
 def _average(

@@ -86,6 +86,6 @@ def test_the_command_prints_a_table_and_writes_it(tmp_path: Path):
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "bench.json").read_text())
     names = {line["name"] for line in report["timings"]}
-    assert {"stacked, exact, plain", "sequential, half, plain", "sequential, int8, drafts"} <= names
+    assert {"stacked, exact, plain", "auto, half, plain", "auto, int8, drafts"} <= names
     assert all((line["extra_loss"] is None) == ("exact" in line["name"]) for line in report["timings"])
-    assert "sequential, int8, drafts" in result.output
+    assert "auto, int8, drafts" in result.output

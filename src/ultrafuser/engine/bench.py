@@ -73,8 +73,9 @@ def bench_model(
     exact: list[TokenPiece] = []
     slots = max(batches)
     ways: list[tuple[RunnerKind, WeightFormat]] = [("stacked", "exact"), ("sequential", "exact")]
+    ways += [("auto", "half"), ("auto", "int8")]
     kinds: list[tuple[DraftKind, ...]] = [(), ("lookup", "self")]
-    for runner, weights in [*ways, ("sequential", "half"), ("sequential", "int8")]:
+    for runner, weights in ways:
         for drafts in kinds:
             options = EngineOptions(runner=runner, weights=weights, drafts=drafts, max_choices=slots)
             try:

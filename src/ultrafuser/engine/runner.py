@@ -127,7 +127,7 @@ class Runner:
         length = max_context + margin
         self.groups: list[_Group] = []
         self._place: list[tuple[_Group, int]] = []  # of each view: its group, and which member it is there
-        for views in _grouped(models, self.num_specialists, kind, form):
+        for views in _grouped(models, self.num_specialists, kind):
             parts = [models[view] for view in views]
             backbone: Backbone
             if is_llama_like(parts[0]):
@@ -313,21 +313,14 @@ def _cannot_run(model: PreTrainedModel, name: str, reason: str) -> ModelError:
     )
 
 
-def _grouped(
-    models: Sequence[PreTrainedModel], num_specialists: int, kind: RunnerKind, form: WeightFormat
-) -> list[list[int]]:
+def _grouped(models: Sequence[PreTrainedModel], num_specialists: int, kind: RunnerKind) -> list[list[int]]:
     """Which views run together."""
     specialists = models[:num_specialists]
-    stackable = (
-        num_specialists > 1
-        and form == "exact"
-        and all(is_llama_like(m) for m in specialists)
-        and can_stack(specialists)
-    )
+    stackable = num_specialists > 1 and all(is_llama_like(m) for m in specialists) and can_stack(specialists)
     if kind == "stacked" and not stackable:
         raise ConfigError(
-            "these specialists cannot be stacked: that takes two or more Llama-like ones of one shape and type, with "
-            "exact weights. Use the sequential runner."
+            "these specialists cannot be stacked: that takes two or more Llama-like ones of one shape and type. "
+            "Use the sequential runner."
         )
     together = stackable and kind != "sequential"
     groups = [list(range(num_specialists))] if together else [[view] for view in range(num_specialists)]

@@ -24,8 +24,8 @@ def test_three_processes_serve_what_one_model_says(tmp_path: Path):
     expected = FusedGenerator.from_pretrained(str(tmp_path / "model")).generate(
         [(Message("user", "hi"),)], SamplingParams(max_tokens=12)
     )[0]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--master-port", "0"]
-    serve = ["-m", "ultrafuser", "serve", str(tmp_path / "model"), "--port", "0", "--parallel", "--max-context", "256"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    serve = ["-m", "ultrafuser", "serve", str(tmp_path / "model"), "--port", "0", "--parallel", "--name", "tiny"]
     process = subprocess.Popen(
         [*launch, *serve],
         stdout=subprocess.PIPE,
@@ -38,11 +38,19 @@ def test_three_processes_serve_what_one_model_says(tmp_path: Path):
     assert process.stderr is not None
     reader = threading.Thread(target=lambda: said.extend(process.stderr), daemon=True)  # a full pipe would block it
     reader.start()
+    watchdog = threading.Timer(120, os.killpg, (process.pid, signal.SIGKILL))  # else a hang would have no end
+    watchdog.start()
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert "is served at http://" in line, "".join(said)
-        body = {"model": "model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 12, "temperature": 0}
+        body = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 12,
+            "temperature": 0,
+            "fusion": {"weights": True},
+        }
         request = urllib.request.Request(
             f"{line.split()[-1]}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
         )
@@ -52,6 +60,7 @@ def test_three_processes_serve_what_one_model_says(tmp_path: Path):
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
     finally:
+        watchdog.cancel()
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

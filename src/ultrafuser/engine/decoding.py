@@ -15,8 +15,7 @@ from torch import Tensor
 from ultrafuser.engine.choice import Choice
 from ultrafuser.engine.requests import FinishReason, TokenPiece
 from ultrafuser.engine.runner import Feed, Runner
-
-NOT_A_NUMBER = "the model gives logits that are no numbers (NaN): its weights or its dtype are at fault"
+from ultrafuser.model.generator import NOT_A_NUMBER
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ultrafuser.alignment.encode import Encoder
 from ultrafuser.engine.check import check_request
 from ultrafuser.engine.choice import Choice, State, fixed_weights
-from ultrafuser.engine.decoding import NOT_A_NUMBER, Advance, Block, decode, token_log_probs
+from ultrafuser.engine.decoding import Advance, Block, decode, token_log_probs
 from ultrafuser.engine.detokenize import Detokenizer
 from ultrafuser.engine.drafting import run_ahead
 from ultrafuser.engine.drafts import PLAIN, DraftHistory, DraftKind, Lookup, Plan, Planner
@@ -33,6 +33,7 @@ from ultrafuser.engine.weights import WeightFormat
 from ultrafuser.errors import ModelError, RequestError
 from ultrafuser.model.build import read_templates
 from ultrafuser.model.fused import FusedForCausalLM
+from ultrafuser.model.generator import NOT_A_NUMBER
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@
     ├── ModelError         a model cannot be loaded, built or saved
     ├── CheckpointError    a checkpoint is missing, damaged or cannot be written
     ├── TrainingError      training cannot go on (a loss that is not finite, say)
+    ├── SynthesisError     a data set cannot be made further (an endpoint, a budget, the store); what is answered is kept
     ├── SandboxError       model-written code cannot be run safely here
     ├── RequestError       a request that the engine can never serve
     └── BusyError          a request that the engine cannot take now, and may take later
@@ -49,6 +50,10 @@ class CheckpointError(UltrafuserError):
 
 class TrainingError(UltrafuserError):
     """Training cannot go on."""
+
+
+class SynthesisError(UltrafuserError):
+    """A data set cannot be made further; everything that is answered is kept, and the same command goes on."""
 
 
 class SandboxError(UltrafuserError):

@@ -1,0 +1,1 @@
+"""What an item must pass between two stages."""

@@ -1,0 +1,1 @@
+"""The stages of a domain, from its topics to its answers."""

@@ -8,7 +8,7 @@
     ├── ModelError         a model cannot be loaded, built or saved
     ├── CheckpointError    a checkpoint is missing, damaged or cannot be written
     ├── TrainingError      training cannot go on (a loss that is not finite, say)
-    ├── SynthesisError     a data set cannot be made further (an endpoint, a budget, the store); what is answered is kept
+    ├── SynthesisError     a data set cannot be made further (an endpoint, a budget, the store)
     ├── SandboxError       model-written code cannot be run safely here
     ├── RequestError       a request that the engine can never serve
     └── BusyError          a request that the engine cannot take now, and may take later

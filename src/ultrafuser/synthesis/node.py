@@ -20,8 +20,6 @@ ItemState = Literal["new", "kept", "dropped", "replaced"]
 FinishReason = Literal["stop", "length", "other"]
 NODE_STATES: tuple[NodeState, ...] = ("waiting", "claimed", "answered", "unreadable", "failed")
 
-_JSON = TypeAdapter(dict[str, Any])
-
 
 class ChatMessage(BaseModel):
     """One message of a request."""

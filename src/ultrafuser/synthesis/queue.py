@@ -5,7 +5,7 @@ The store is one; tests use another. All calls block and are made from one threa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,4 +93,16 @@ class Queue(Protocol):
 
     def spent(self) -> Spent:
         """By every process so far."""
+        ...
+
+    def waiting(self, endpoint: str) -> Iterator[Node]:
+        """All waiting nodes of an endpoint, due or not, in the order of their keys, a few in memory at a time."""
+        ...
+
+    def take(self, keys: Sequence[str]) -> list[Claimed]:
+        """Claim these nodes, as far as they are waiting, due or not: their answers came by another way."""
+        ...
+
+    def known(self, keys: Sequence[str]) -> set[str]:
+        """Those of the keys that are nodes, whatever their state."""
         ...

@@ -64,6 +64,8 @@ class EndpointConfig(Section):
     json_schema: Literal["auto", "always", "never"] = "auto"  # auto: until it is refused
     send_seed: bool = True
     extra_body: dict[str, Any] = {}  # further fields of every request, as the server wants them
+    batch: Literal["no", "api", "files"] = "no"  # by OpenAI's Batch API, or by files of its format that you take there
+    batch_price_factor: Fraction = 0.5  # what a batch costs of the price
     licence: str | None = None  # of what this model writes, for the data set's card
 
     @property

@@ -14,7 +14,20 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ultrafuser.cli import bench, chat, compare, decontaminate, demo, doctor, evaluate, inspect, prepare, serve, train
+from ultrafuser.cli import (
+    bench,
+    chat,
+    compare,
+    decontaminate,
+    demo,
+    doctor,
+    evaluate,
+    inspect,
+    prepare,
+    serve,
+    synthesize,
+    train,
+)
 from ultrafuser.errors import UltrafuserError
 
 app = typer.Typer(
@@ -47,6 +60,7 @@ app.command()(bench.bench)
 app.command()(demo.demo)
 app.command()(compare.compare)
 app.command()(inspect.inspect)
+app.add_typer(synthesize.synthesize, name="synthesize")
 
 
 def run() -> None:

@@ -1,0 +1,191 @@
+"""What was made, as records: each conversation with its place among the topics and the models it comes from.
+
+A record begins with an instruction and its answer and goes on with the follow-ups that were kept. Records come one by
+one, in the order of (round, key) of their answers, so reading takes the same memory for any number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, Protocol
+
+from ultrafuser.chat.messages import Message
+from ultrafuser.synthesis.node import Item, fraction_of
+from ultrafuser.synthesis.recipe import TOPIC_STAGES, SynthesisRecipe
+from ultrafuser.synthesis.stages.base import View
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+BATCH_RECORDS = 200  # whose origins are looked up at once
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who answered a node: an endpoint of the recipe, and the model as it calls itself."""
+
+    endpoint: str
+    model: str
+
+
+class Archive(Protocol):
+    """What is read of a synthesis by those who show it, hand it out and count it. The store is one."""
+
+    def view(self, domain: str) -> View:
+        """The items of a domain."""
+        ...
+
+    def origins(self, nodes: Sequence[str]) -> Mapping[str, Origin]:
+        """Who answered these nodes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SynthesisRecord:
+    """One conversation.
+
+    Attributes:
+        id: Key of the first answer.
+        meta_topic: Name; None where it was sampled without a topic. So the other topics.
+        relation: How its instruction came to be: seed, strong, weak, free, complicated or evolved.
+        lineage: The stages it went through, the first topic first.
+        instruction: Who wrote the instruction.
+        response: Who wrote the answer.
+        unit: Decides its split: equal for all records of a topic.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    domain: str
+    meta_topic: str | None
+    sub_topic: str | None
+    fine_topic: str | None
+    relation: str
+    lineage: tuple[str, ...]
+    instruction: Origin
+    response: Origin
+    language: str
+    unit: str
+
+
+def relation_of(stage: str) -> str:
+    """How an instruction of this stage came to be."""
+    return "seed" if stage == "instructions" else stage
+
+
+def read_synthesis(archive: Archive, domain: str, *, language: str) -> Iterator[SynthesisRecord]:
+    """The records of a domain whose answers were kept.
+
+    Args:
+        archive: Of the synthesis.
+        domain: Its name.
+        language: Of the domain.
+    """
+    view = archive.view(domain)
+    has_follow_ups = view.count("follow_up_responses") > 0
+    responses = view.items("responses")
+    while batch := [view.lineage(response) for response in islice(responses, BATCH_RECORDS)]:
+        origins = archive.origins(sorted({item.node for lineage in batch for item in lineage[-2:]}))
+        for lineage in batch:
+            further = _follow_ups(view, lineage[-1]) if has_follow_ups else ()
+            yield _record(lineage, further, origins, language)
+
+
+def _record(
+    lineage: Sequence[Item], further: Sequence[Item], origins: Mapping[str, Origin], language: str
+) -> SynthesisRecord:
+    *_, instruction, response = lineage
+    topics = {item.stage: item for item in lineage if item.stage in TOPIC_STAGES}
+    names = {stage: item.text for stage, item in topics.items()}
+    turns = (instruction, response, *further)
+    messages = [Message("user" if turn % 2 == 0 else "assistant", item.text) for turn, item in enumerate(turns)]
+    place = topics.get("sub_topics") or topics.get("meta_topics") or lineage[0]
+    return SynthesisRecord(
+        id=response.key,
+        messages=tuple(messages),
+        domain=response.domain,
+        meta_topic=names.get("meta_topics"),
+        sub_topic=names.get("sub_topics"),
+        fine_topic=names.get("fine_topics"),
+        relation=relation_of(instruction.stage),
+        lineage=tuple(item.stage for item in lineage),
+        instruction=origins[instruction.node],
+        response=origins[response.node],
+        language=language,
+        unit=topic_unit(place),
+    )
+
+
+def _follow_ups(view: View, response: Item) -> list[Item]:
+    """The user's next turn and its answer, and so on; the first kept one where several follow one answer."""
+    turns: list[Item] = []
+    last = response
+    while (question := next(view.items("follow_ups", parent=last.key), None)) is not None:
+        answer = next(view.items("follow_up_responses", parent=question.key), None)
+        if answer is None:
+            break
+        turns += [question, answer]
+        last = answer
+    return turns
+
+
+def topic_unit(topic: Item) -> str:
+    """What decides a topic's split: its name, so that topics of one name are on one side in every domain."""
+    return " ".join(topic.text.casefold().split())
+
+
+class TopicSplit:
+    """Which side a topic's records are on: the lowest hashes validate, of each domain at least one if it has two."""
+
+    def __init__(self, archive: Archive, recipe: SynthesisRecipe) -> None:
+        self._fraction = recipe.export.validation_fraction
+        self._always: set[str] = set()
+        if self._fraction > 0:
+            for domain in recipe.domains:
+                self._always |= self._lowest(archive.view(domain))
+
+    def side(self, record: SynthesisRecord) -> Split:
+        """Of a record."""
+        if record.unit in self._always or self._draw(record.unit) < self._fraction:
+            return "validation"
+        return "train"
+
+    def _lowest(self, view: View) -> set[str]:
+        used = {topic.key: topic_unit(topic) for topic in view.items("sub_topics")}
+        units = set(used.values())
+        return {min(units, key=self._draw)} if len(units) > 1 else set()
+
+    @staticmethod
+    def _draw(unit: str) -> float:
+        return fraction_of(unit, "split")
+
+
+def as_messages(record: SynthesisRecord, recipe: SynthesisRecipe) -> dict[str, Any]:
+    """A record as plain values, one row of the data set."""
+    return {
+        "id": record.id,
+        "messages": [message.to_dict() for message in record.messages],
+        "domain": record.domain,
+        "meta_topic": record.meta_topic,
+        "sub_topic": record.sub_topic,
+        "fine_topic": record.fine_topic,
+        "relation": record.relation,
+        "lineage": list(record.lineage),
+        "model": record.response.model,
+        "endpoint": record.response.endpoint,
+        "instruction_model": record.instruction.model,
+        "licence": licence_of(record.response.endpoint, recipe),
+        "language": record.language,
+    }
+
+
+def licence_of(endpoint: str, recipe: SynthesisRecipe) -> str:
+    """Of what an endpoint writes: its own, else the data set's."""
+    config = recipe.endpoints.get(endpoint)  # one that has left the recipe since is not there
+    return (config.licence if config is not None else None) or recipe.export.licence
+
+
+def as_ultrachat(record: SynthesisRecord) -> dict[str, Any]:
+    """The form of UltraChat: texts in turn, the user's first."""
+    return {"id": record.id, "data": [message.content for message in record.messages]}

@@ -36,8 +36,8 @@ def _words(text: str) -> list[str]:
     return text.split()
 
 
-NOUNS = _words("""river garden engine letter market bridge teacher doctor forest mirror planet recipe violin harbour castle
-pocket window shadow farmer camera library mountain signal kitchen battery student compass theatre island pencil
+NOUNS = _words("""river garden engine letter market bridge teacher doctor forest mirror planet recipe violin harbour
+castle pocket window shadow farmer camera library mountain signal kitchen battery student compass theatre island pencil
 engineer blanket journey museum village lantern customer orchard painter railway sailor tunnel vaccine weather winter
 anchor basket candle diamond elevator fountain glacier hammer iceberg jacket kettle ladder magnet needle ocean parcel
 quarry ribbon saddle telescope umbrella valley wallet yacht zebra algorithm budget climate database equation function
@@ -46,8 +46,8 @@ theorem""")
 VERBS = _words("""carries measures explains builds repairs questions paints collects follows improves describes protects
 compares translates surrounds discovers organises remembers challenges supports predicts divides arranges delivers
 examines reflects gathers restores simplifies transforms""")
-ADJECTIVES = _words("""quiet ancient bright careful distant eager fragile gentle hollow icy jolly kind lively modern narrow
-orange patient quick rapid silent tender useful vivid wooden yellow anxious bitter clever delicate empty famous golden
+ADJECTIVES = _words("""quiet ancient bright careful distant eager fragile gentle hollow icy jolly kind lively modern
+narrow orange patient quick rapid silent tender useful vivid wooden yellow anxious bitter clever delicate empty famous golden
 honest important joyful large magnetic nervous ordinary popular remarkable serious thirsty unusual wonderful""")
 LINKS = _words("""because while although before after whenever unless until since whereas""")
 

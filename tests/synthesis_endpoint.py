@@ -47,8 +47,8 @@ VERBS = _words("""carries measures explains builds repairs questions paints coll
 compares translates surrounds discovers organises remembers challenges supports predicts divides arranges delivers
 examines reflects gathers restores simplifies transforms""")
 ADJECTIVES = _words("""quiet ancient bright careful distant eager fragile gentle hollow icy jolly kind lively modern
-narrow orange patient quick rapid silent tender useful vivid wooden yellow anxious bitter clever delicate empty famous golden
-honest important joyful large magnetic nervous ordinary popular remarkable serious thirsty unusual wonderful""")
+narrow orange patient quick rapid silent tender useful vivid wooden yellow anxious bitter clever delicate empty famous
+golden honest important joyful large magnetic nervous ordinary popular remarkable serious thirsty unusual wonderful""")
 LINKS = _words("""because while although before after whenever unless until since whereas""")
 
 
@@ -121,10 +121,11 @@ def _wanted(prompt: str, script: Script) -> int:
 
 
 def _example(prompt: str) -> Any:
-    """The first JSON value in a prompt that speaks of JSON; None: there is none."""
-    if "json" not in prompt.lower():
+    """The first JSON value behind the last mention of JSON in a prompt, as an example; None: there is none."""
+    start = prompt.lower().rfind("json")
+    if start < 0:
         return None
-    decoder = json.JSONDecoder()
+    prompt, decoder = re.sub(r",\s*\.\.\.(?=\s*[\]}])", "", prompt[start:]), json.JSONDecoder()
     for match in re.finditer(r"[\[{]", prompt):
         with contextlib.suppress(ValueError):
             value = decoder.raw_decode(prompt, match.start())[0]

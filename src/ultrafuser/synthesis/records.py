@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
+
+from sqlalchemy import select
 
 from ultrafuser.chat.messages import Message
 from ultrafuser.synthesis.node import Item, fraction_of
 from ultrafuser.synthesis.recipe import TOPIC_STAGES, SynthesisRecipe
+from ultrafuser.synthesis.schema import node
 from ultrafuser.synthesis.stages.base import View
+from ultrafuser.synthesis.store import Store
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -27,18 +31,6 @@ class Origin:
 
     endpoint: str
     model: str
-
-
-class Archive(Protocol):
-    """What is read of a synthesis by those who show it, hand it out and count it. The store is one."""
-
-    def view(self, domain: str) -> View:
-        """The items of a domain."""
-        ...
-
-    def origins(self, nodes: Sequence[str]) -> Mapping[str, Origin]:
-        """Who answered these nodes."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +66,27 @@ def relation_of(stage: str) -> str:
     return "seed" if stage == "instructions" else stage
 
 
-def read_synthesis(archive: Archive, domain: str, *, language: str) -> Iterator[SynthesisRecord]:
+def read_synthesis(store: Store, domain: str, *, language: str) -> Iterator[SynthesisRecord]:
     """The records of a domain whose answers were kept.
 
     Args:
-        archive: Of the synthesis.
+        store: Of the synthesis.
         domain: Its name.
         language: Of the domain.
     """
-    view = archive.view(domain)
+    view = store.view(domain)
     has_follow_ups = view.count("follow_up_responses") > 0
     responses = view.items("responses")
     while batch := [view.lineage(response) for response in islice(responses, BATCH_RECORDS)]:
-        origins = archive.origins(sorted({item.node for lineage in batch for item in lineage[-2:]}))
+        origins = _origins(store, {item.node for lineage in batch for item in lineage[-2:]})
         for lineage in batch:
             further = _follow_ups(view, lineage[-1]) if has_follow_ups else ()
             yield _record(lineage, further, origins, language)
+
+
+def _origins(store: Store, nodes: set[str]) -> dict[str, Origin]:
+    query = select(node.c.key, node.c.endpoint, node.c.model).where(node.c.key.in_(nodes))
+    return {row.key: Origin(row.endpoint, row.model) for row in store.database.rows(query)}
 
 
 def _record(
@@ -138,12 +135,12 @@ def topic_unit(topic: Item) -> str:
 class TopicSplit:
     """Which side a topic's records are on: the lowest hashes validate, of each domain at least one if it has two."""
 
-    def __init__(self, archive: Archive, recipe: SynthesisRecipe) -> None:
+    def __init__(self, store: Store, recipe: SynthesisRecipe) -> None:
         self._fraction = recipe.export.validation_fraction
         self._always: set[str] = set()
         if self._fraction > 0:
             for domain in recipe.domains:
-                self._always |= self._lowest(archive.view(domain))
+                self._always |= self._lowest(store.view(domain))
 
     def side(self, record: SynthesisRecord) -> Split:
         """Of a record."""

@@ -49,7 +49,10 @@ class Gate(Protocol):
     `kept` is called for an item that passed every gate, before the next one is judged.
     """
 
-    name: GateName
+    @property
+    def name(self) -> GateName:
+        """Of the gate."""
+        ...
 
     def judge(self, item: Item, context: GateContext) -> str | None:
         """Why the item is to be dropped; None if it is not."""

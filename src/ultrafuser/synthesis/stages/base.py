@@ -67,8 +67,15 @@ class View(Protocol):
 class Stage(Protocol):
     """One step of a domain's pipeline."""
 
-    name: StageName
-    max_rounds: int
+    @property
+    def name(self) -> StageName:
+        """Of the stage."""
+        ...
+
+    @property
+    def max_rounds(self) -> int:
+        """The rounds it has, at most."""
+        ...
 
     def plan(self, view: View, round: int) -> Iterator[Node]:
         """What to ask in this round."""

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"chat", "files"},
     {"generation", "config", "alignment", "sandbox"},
     {"data", "model"},
-    {"train", "evaluation", "analysis", "baselines", "doctor", "engine", "synthesis"},
+    {"train", "evaluation", "analysis", "baselines", "doctor", "engine", "synthesis", "vllm_plugin"},
     {"demo", "server"},
     {"compare"},
     {"cli"},

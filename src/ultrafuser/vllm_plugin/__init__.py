@@ -1,0 +1,1 @@
+"""A fused model in vLLM: `vllm serve MODEL` works once this package is installed beside vLLM (entry point)."""

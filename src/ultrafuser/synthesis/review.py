@@ -11,18 +11,21 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from ultrafuser.errors import ConfigError
-from ultrafuser.files import read_json
+from ultrafuser.files import read_json, write_text_atomically
 from ultrafuser.synthesis.node import Item, fraction_of
 from ultrafuser.synthesis.recipe import INSTRUCTION_STAGES, TOPIC_STAGES, StageName
+from ultrafuser.synthesis.review_page import Section, ShownItem, VerdictWord, render_review
+from ultrafuser.synthesis.rounds import REVIEW
 from ultrafuser.synthesis.stages.base import View
+from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.verdicts import Verdict
 
 REVIEWED: tuple[StageName, ...] = (*TOPIC_STAGES, *INSTRUCTION_STAGES, "complicated", "evolved")
-REVIEW = "review"  # the gate, in the store, of what a person struck
 CACHED_PARENTS = 50_000
 
 
@@ -32,7 +35,7 @@ class ItemVerdict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     item: str
-    verdict: Literal["accept", "strike"]
+    verdict: VerdictWord
     note: str = ""
 
 
@@ -45,7 +48,7 @@ class StageApproval(BaseModel):
     stage: StageName
 
 
-class Verdicts(BaseModel):
+class VerdictFile(BaseModel):
     """What the page saves: `verdicts.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,43 +59,109 @@ class Verdicts(BaseModel):
 
 
 class Applied(NamedTuple):
-    """What verdicts did: `struck` counts descendants as well."""
+    """What a file of verdicts did.
+
+    Attributes:
+        gone: Items that were in use before and are not now: struck ones and all that was made from them.
+    """
 
     accepted: int
     struck: int
+    gone: int
     approved: tuple[StageApproval, ...]
 
     def text(self) -> str:
         """In a line."""
         stages = ", ".join(f"{one.stage} of {one.domain}" for one in self.approved) or "none"
-        return f"accepted {self.accepted}, struck {self.struck} with all made from them, approved stages: {stages}"
+        return f"accepted {self.accepted}, struck {self.struck} ({self.gone} items gone); approved stages: {stages}"
 
 
-class ShownItem(NamedTuple):
-    """An item on the page: its ancestors, the root first, and what was said of it before."""
+def write_review(
+    store: Store, recipe: SynthesisRecipe, path: Path, *, stages: Sequence[str] = (), size: int = 40
+) -> list[Section]:
+    """Write the review page.
 
-    item: Item
-    ancestors: Sequence[Item]
-    verdict: ItemVerdict | None
+    Args:
+        store: Of the synthesis.
+        recipe: Its recipe.
+        path: The page.
+        stages: Which to show; empty: every one that made topics or instructions.
+        size: Items of each stage of each domain, at most.
+
+    Returns:
+        What is on the page.
+
+    Raises:
+        ConfigError: A stage is none that is reviewed.
+        DataError: There is nothing to look at yet, or the page cannot be written.
+    """
+    chosen = check_stages(stages) or REVIEWED
+    sections = [section for domain in recipe.domains for section in _sections(store, domain, chosen, size)]
+    if not sections:
+        raise DataError(f"synthesis {recipe.name} has no {' or '.join(stages) or 'topic or instruction'} to review yet")
+    write_text_atomically(render_review(recipe.name, sections), path)
+    return sections
 
 
-class Section(NamedTuple):
-    """A stage of a domain on the page; `total` counts the items there are, `kept` those in use."""
-
-    domain: str
-    stage: StageName
-    items: Sequence[ShownItem]
-    total: int
-    is_approved: bool
-
-
-def read_verdicts(path: Path) -> Verdicts:
+def read_verdicts(path: Path) -> VerdictFile:
     """The file that the page saved.
 
     Raises:
         DataError: It is missing, or is none.
     """
-    return read_json(path, Verdicts, what="verdicts.json of a review page")
+    return read_json(path, VerdictFile, what="verdicts.json of a review page")
+
+
+def apply_verdicts(store: Store, recipe: SynthesisRecipe, file: VerdictFile) -> Applied:
+    """Write a person's verdicts into the store. A struck topic takes with it all that was made from it.
+
+    Raises:
+        DataError: The file is of another synthesis, or about an item that is not there; nothing was written.
+    """
+    if file.synthesis != recipe.name:
+        raise DataError(f"these verdicts are of synthesis {file.synthesis!r}, and the recipe is {recipe.name!r}")
+    if unknown := [one.domain for one in file.approved if one.domain not in recipe.domains]:
+        raise DataError(f"the verdicts approve a stage of domain {unknown[0]!r}, which the recipe does not have")
+    before = _num_struck(store)
+    given = [Verdict(one.item, one.verdict == "accept", one.note) for one in file.verdicts]
+    store.verdicts.give(given)
+    for one in file.approved:
+        store.verdicts.finish(one.domain, one.stage)
+    num_accepted = sum(one.is_accepted for one in given)
+    return Applied(num_accepted, len(given) - num_accepted, _num_struck(store) - before, file.approved)
+
+
+def approve_stages(store: Store, recipe: SynthesisRecipe, stages: Sequence[str]) -> tuple[StageApproval, ...]:
+    """Let the pipeline go on behind these stages, in every domain of the recipe.
+
+    Raises:
+        ConfigError: A stage is none that is reviewed.
+    """
+    approved = tuple(
+        StageApproval(domain=name, stage=stage) for name in recipe.domains for stage in check_stages(stages)
+    )
+    for one in approved:
+        store.verdicts.finish(one.domain, one.stage)
+    return approved
+
+
+def _num_struck(store: Store) -> int:
+    return sum(count.dropped.get(REVIEW, 0) for count in store.progress())
+
+
+def _sections(store: Store, domain: str, stages: Sequence[StageName], size: int) -> Iterator[Section]:
+    view = store.view(domain)
+    for stage in stages:
+        said = {one.item: one for one in store.verdicts.all(domain, stage)}
+        if items := sample_items(view, stage, size, struck=said.keys()):
+            shown = [_shown(item, view.lineage(item)[:-1], said.get(item.key)) for item in items]
+            yield Section(domain, stage, shown, view.count(stage), store.verdicts.is_finished(domain, stage))
+
+
+def _shown(item: Item, ancestors: Sequence[Item], verdict: Verdict | None) -> ShownItem:
+    if verdict is None:
+        return ShownItem(item, ancestors)
+    return ShownItem(item, ancestors, "accept" if verdict.is_accepted else "strike", verdict.note)
 
 
 def check_stages(stages: Sequence[str]) -> tuple[StageName, ...]:
@@ -107,21 +176,21 @@ def check_stages(stages: Sequence[str]) -> tuple[StageName, ...]:
     return found
 
 
-def sample_items(view: View, stage: StageName, size: int) -> list[Item]:
+def sample_items(view: View, stage: StageName, size: int, *, struck: Collection[str] = ()) -> list[Item]:
     """Items of a stage for a person to look at, the same whenever there are the same items.
 
-    Topics take turns in an order drawn by their keys; of each, the item whose draw is next. What was struck before is
-    among them, or a page written again would not show what it was about.
+    Topics take turns in an order drawn by their keys; of each, the item whose draw is next.
 
     Args:
         view: Of the domain.
         stage: Which items.
         size: How many, at most.
+        struck: Keys of dropped items that are shown all the same: a page written again shows what it was about.
     """
     topic_of = _topic_finder(view)
     lowest: defaultdict[str, list[tuple[float, str]]] = defaultdict(list)  # of each topic: -draw and key, a max-heap
     for item in view.items(stage, states=("kept", "new", "dropped")):
-        if item.state == "dropped" and item.gate != REVIEW:
+        if item.state == "dropped" and item.key not in struck:
             continue
         entry = (-fraction_of(item.key, "review"), item.key)
         heap = lowest[topic_of(item.parent)]
@@ -137,7 +206,7 @@ def sample_items(view: View, stage: StageName, size: int) -> list[Item]:
     return [view.item(key) for key in turns[:size]]
 
 
-def _topic_finder(view: View) -> _TopicFinder:
+def _topic_finder(view: View) -> Callable[[str | None], str]:
     """Says which topic the children of an item belong to: the item itself if it is one, else its parent's."""
 
     @lru_cache(CACHED_PARENTS)
@@ -148,7 +217,3 @@ def _topic_finder(view: View) -> _TopicFinder:
         return key if parent.stage in TOPIC_STAGES else topic_of(parent.parent)
 
     return topic_of
-
-
-class _TopicFinder(Protocol):
-    def __call__(self, key: str | None, /) -> str: ...

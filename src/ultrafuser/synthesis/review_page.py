@@ -10,11 +10,34 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
+from typing import Literal, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ultrafuser.synthesis.review import Section
+from ultrafuser.synthesis.node import Item
+from ultrafuser.synthesis.recipe import StageName
+
+VerdictWord = Literal["accept", "strike"]
+
+
+class ShownItem(NamedTuple):
+    """An item on the page: its ancestors, the root first, and what was said of it before."""
+
+    item: Item
+    ancestors: Sequence[Item]
+    verdict: VerdictWord | None = None
+    note: str = ""
+
+
+class Section(NamedTuple):
+    """A stage of a domain on the page; `total` counts its items in use."""
+
+    domain: str
+    stage: StageName
+    items: Sequence[ShownItem]
+    total: int
+    is_approved: bool
 
 
 def render_review(name: str, sections: Sequence[Section]) -> str:

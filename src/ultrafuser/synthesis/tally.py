@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
+
+from sqlalchemy import func, select
 
 from ultrafuser.synthesis.recipe import StageName, SynthesisRecipe
-from ultrafuser.synthesis.stages.base import View
+from ultrafuser.synthesis.schema import item
 from ultrafuser.synthesis.store import Store
 
-STAGES: tuple[StageName, ...] = get_args(StageName)
 MOST_REASONS = 5  # of a gate that are told
 
 
@@ -20,7 +20,6 @@ class StageTally:
     """A stage of a domain.
 
     Attributes:
-        new: Items that no gate has seen yet.
         replaced: Items of this stage whose place another one took.
         drops: Items by (gate, reason).
     """
@@ -28,7 +27,6 @@ class StageTally:
     domain: str
     stage: StageName
     kept: int
-    new: int
     replaced: int
     drops: Mapping[tuple[str, str], int]
 
@@ -52,21 +50,25 @@ class StageTally:
 
 
 def tally(store: Store, recipe: SynthesisRecipe) -> list[StageTally]:
-    """Every stage that made anything, in the order of domains and stages; dropped items are read one by one."""
-    return [
-        found
-        for domain in recipe.domains
-        for stage in STAGES
-        if (found := _tally(store.view(domain), domain, stage)) is not None
+    """Every stage that made anything, in the recipe's order of domains."""
+    place = (item.c.domain, item.c.stage, item.c.gate, item.c.reason)
+    query = select(*place, func.count()).where(item.c.state == "dropped").group_by(*place).order_by(*place)
+    drops: dict[tuple[str, str], dict[tuple[str, str], int]] = {}
+    for domain, stage, gate, reason, number in store.database.rows(query):
+        drops.setdefault((domain, stage), {})[gate, reason] = number
+    tallies = [
+        StageTally(
+            count.domain,
+            count.stage,
+            count.items.get("kept", 0),
+            count.items.get("replaced", 0),
+            drops.get((count.domain, count.stage), {}),
+        )
+        for count in store.progress()
+        if count.domain in recipe.domains
     ]
-
-
-def _tally(view: View, domain: str, stage: StageName) -> StageTally | None:
-    kept, new, replaced = (view.count(stage, states=(state,)) for state in ("kept", "new", "replaced"))
-    drops = Counter((item.gate or "?", item.reason or "?") for item in view.items(stage, states=("dropped",)))
-    if not (kept or new or replaced or drops):
-        return None
-    return StageTally(domain, stage, kept, new, replaced, dict(drops.most_common()))
+    order = list(recipe.domains)
+    return sorted(tallies, key=lambda one: order.index(one.domain))
 
 
 def drops_table(tallies: list[StageTally]) -> list[str]:

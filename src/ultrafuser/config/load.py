@@ -6,16 +6,17 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ultrafuser.config.recipe import Recipe
 from ultrafuser.errors import ConfigError
 
 # One digit before the point: a short commit hash such as 1234e56 is no number.
 _SCIENTIFIC = re.compile(r"[-+]?\d(\.\d*)?[eE][-+]?\d{1,3}")
+Model = TypeVar("Model", bound=BaseModel)
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -29,6 +30,17 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: No such file, no YAML, an unknown key or a value that does not fit; one line per mistake.
     """
     path = Path(path)
+    tree = read_tree(path, overrides)
+    _resolve_paths(tree, path.parent)
+    return parse_recipe(tree, where=str(path))
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a recipe file, overrides applied and environment variables filled in.
+
+    Raises:
+        ConfigError: No such file, no YAML, an override that does not fit, or a variable that is not set.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -38,12 +50,11 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping with keys such as name and specialists")
+        raise ConfigError(f"{path} must hold a mapping with keys such as name")
     for override in overrides:
         apply_override(tree, override)
-    tree = _expand_variables(tree)
-    _resolve_paths(tree, path.parent)
-    return parse_recipe(tree, where=str(path))
+    expanded: dict[str, Any] = _expand_variables(tree)
+    return expanded
 
 
 def parse_recipe(tree: dict[str, Any], *, where: str = "recipe") -> Recipe:
@@ -52,8 +63,17 @@ def parse_recipe(tree: dict[str, Any], *, where: str = "recipe") -> Recipe:
     Raises:
         ConfigError: An unknown key or a value that does not fit; one line per mistake.
     """
+    return validate(Recipe, tree, where=where)
+
+
+def validate(kind: type[Model], tree: dict[str, Any], *, where: str) -> Model:
+    """Plain values as a model.
+
+    Raises:
+        ConfigError: An unknown key or a value that does not fit; one line per mistake.
+    """
     try:
-        return Recipe.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         lines = [
             f"{'.'.join(str(part) for part in item['loc']) or 'recipe'}: {item['msg']}"
@@ -100,20 +120,20 @@ def _parse_value(text: str) -> Any:
 
 def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
     """Make local paths independent of the working directory, in place."""
-    _resolve(tree, "tokenizer", folder)
-    for specialist in _sections(tree.get("specialists")):
-        _resolve(specialist, "model", folder)
-        _resolve(specialist, "adapter", folder)
+    resolve_path(tree, "tokenizer", folder)
+    for specialist in sections_of(tree.get("specialists")):
+        resolve_path(specialist, "model", folder)
+        resolve_path(specialist, "adapter", folder)
         if str(specialist.get("template")).endswith(".jinja"):  # else it is a name, whatever folders there are
-            _resolve(specialist, "template", folder)
+            resolve_path(specialist, "template", folder)
     data = tree.get("data")
     if isinstance(data, dict):
-        _resolve(data, "benchmarks", folder)
-        for domain in _sections(data.get("domains")):
+        resolve_path(data, "benchmarks", folder)
+        for domain in sections_of(data.get("domains")):
             sources = domain.get("sources")
             for source in sources if isinstance(sources, list) else ():
                 if isinstance(source, dict):
-                    _resolve(source, "path", folder)
+                    resolve_path(source, "path", folder)
 
 
 def _expand_variables(node: Any) -> Any:
@@ -129,11 +149,13 @@ def _expand_variables(node: Any) -> Any:
     return _VARIABLE.sub(lambda match: os.environ[match[1]], node)
 
 
-def _sections(tree: Any) -> list[dict[str, Any]]:
+def sections_of(tree: Any) -> list[dict[str, Any]]:
+    """The mappings among the values of a mapping; none if it is no mapping."""
     return [value for value in tree.values() if isinstance(value, dict)] if isinstance(tree, dict) else []
 
 
-def _resolve(section: dict[str, Any], key: str, folder: Path) -> None:
+def resolve_path(section: dict[str, Any], key: str, folder: Path) -> None:
+    """Take a relative path from a folder if it exists there, in place."""
     value = section.get(key)
     if isinstance(value, str) and value and not Path(value).is_absolute() and (folder / value).exists():
         section[key] = str(folder / value)

@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Select, bindparam, func, select, true, update
+from sqlalchemy import ColumnElement, Connection, Select, func, select, true, update
 
 from ultrafuser.synthesis.database import Database
 from ultrafuser.synthesis.node import Answer, Node
 from ultrafuser.synthesis.queue import Claimed, Failed, Finished, Postponed, Spent
-from ultrafuser.synthesis.rows import clean, draft_to_row, node_to_row, row_to_answer, row_to_node
+from ultrafuser.synthesis.rows import draft_to_row, node_to_row, row_to_answer, row_to_node
 from ultrafuser.synthesis.schema import item, node, spent
+from ultrafuser.synthesis.writes import RELEASED, reason_of, state_of, write_answers, write_failed, write_postponed
 
 LEASE_S = 120.0
 CHUNK = 500  # rows of one statement
@@ -51,6 +52,12 @@ class Nodes:
     def __init__(self, database: Database) -> None:
         self.database = database
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._only: tuple[str, ...] | None = None
+
+    def restrict(self, domains: Sequence[str]) -> None:
+        """From now on, nodes of other domains are not there for those who ask."""
+        others = select(node.c.key).where(node.c.domain.not_in(domains)).limit(1)
+        self._only = tuple(domains) if self.database.rows(others) else None
 
     def plan(self, nodes: Sequence[Node]) -> Planned:
         """These nodes are wanted: what is not known waits from now on, in one transaction.
@@ -81,7 +88,7 @@ class Nodes:
         """Items of remembered answers, which `plan` gave: nothing was asked, so nothing was spent."""
         with self.database.transaction() as connection:
             for one in finished:
-                values = {"planned": True, "state": _state(one), "error": _reason(one)}
+                values = {"planned": True, "state": state_of(one), "error": reason_of(one)}
                 connection.execute(update(node).where(node.c.key == one.node.key).values(**values))
             self._insert_items(connection, finished)
 
@@ -92,7 +99,7 @@ class Nodes:
             for endpoint, number in wanted.items():
                 if number <= 0:
                     continue
-                query = select(node).where(*_waiting(endpoint), node.c.not_before <= now).order_by(node.c.key)
+                query = select(node).where(*self._waiting(endpoint), node.c.not_before <= now).order_by(node.c.key)
                 rows = connection.execute(query.limit(number).with_for_update(skip_locked=True)).all()
                 self._take(connection, [row.key for row in rows])
                 claimed += [Claimed(row_to_node(row), row.attempts) for row in rows]
@@ -103,7 +110,7 @@ class Nodes:
         claimed = []
         for some in chunks(sorted(set(keys))):
             with self.database.transaction() as connection:
-                query = select(node).where(node.c.key.in_(some), *_waiting()).order_by(node.c.key)
+                query = select(node).where(node.c.key.in_(some), *self._waiting()).order_by(node.c.key)
                 rows = connection.execute(query.with_for_update(skip_locked=True)).all()
                 self._take(connection, [row.key for row in rows])
                 claimed += [Claimed(row_to_node(row), row.attempts) for row in rows]
@@ -111,9 +118,9 @@ class Nodes:
 
     def next_due(self) -> float | None:
         """When the first waiting node may be asked (seconds since the epoch); None: none is waiting."""
-        if self.database.rows(select(node.c.key).where(*_waiting(), node.c.not_before == 0.0).limit(1)):
+        if self.database.rows(select(node.c.key).where(*self._waiting(), node.c.not_before == 0.0).limit(1)):
             return 0.0  # seldom far to look, while the smallest of a million takes a while
-        first: float | None = self.database.rows(select(func.min(node.c.not_before)).where(*_waiting()))[0][0]
+        first: float | None = self.database.rows(select(func.min(node.c.not_before)).where(*self._waiting()))[0][0]
         return first
 
     def record(
@@ -137,27 +144,25 @@ class Nodes:
             mine = {key for key in open_ if rows[key].owner in (None, self.owner)}
             answered = [one for one in finished if one.node.key in open_]
             if answered:
-                connection.execute(_ANSWER, [_answer_values(one, now) for one in answered])
+                write_answers(connection, answered, now=now)
                 self._insert_items(connection, [one for one in answered if rows[one.node.key].planned])
             if finished:
                 self._add_spent(connection, finished)
-            if waiting := [_postponed_values(one) for one in postponed if one.key in mine]:
-                connection.execute(_POSTPONE, waiting)
-            if given_up := [{"of": one.key, "why": clean(one.error), "at": now} for one in failed if one.key in mine]:
-                connection.execute(_FAIL, given_up)
+            write_postponed(connection, [one for one in postponed if one.key in mine])
+            write_failed(connection, [one for one in failed if one.key in mine], now=now)
 
     def release(self, keys: Sequence[str]) -> None:
         """Claimed nodes that were not asked are waiting again."""
         for some in chunks(list(keys)):
             mine = (node.c.key.in_(some), node.c.state == "claimed", node.c.owner == self.owner)
             with self.database.transaction() as connection:
-                connection.execute(update(node).where(*mine).values(_RELEASED))
+                connection.execute(update(node).where(*mine).values(RELEASED))
 
     def waiting(self, endpoint: str) -> Iterator[Node]:
         """All waiting nodes of an endpoint, due or not, in the order of their keys, a few in memory at a time."""
         after = ""
         while True:
-            query = select(node).where(*_waiting(endpoint), node.c.key > after).order_by(node.c.key).limit(CHUNK)
+            query = select(node).where(*self._waiting(endpoint), node.c.key > after).order_by(node.c.key).limit(CHUNK)
             rows = self.database.rows(query)
             yield from map(row_to_node, rows)
             if len(rows) < CHUNK:
@@ -185,7 +190,7 @@ class Nodes:
             connection.execute(mine.values(lease_until=_server_time() + LEASE_S))
             stale = select(node.c.key).where(is_claimed, node.c.lease_until < _server_time())
             keys = stale.order_by(node.c.key).with_for_update(skip_locked=True)
-            connection.execute(update(node).where(node.c.key.in_(keys)).values(_RELEASED))
+            connection.execute(update(node).where(node.c.key.in_(keys)).values(RELEASED))
 
     def release_all(self) -> None:
         """What this process claims waits again; in SQLite, where nobody else can be asking, all that is claimed."""
@@ -193,7 +198,15 @@ class Nodes:
         if not self.database.is_sqlite:
             where.append(node.c.owner == self.owner)
         with self.database.transaction() as connection:
-            connection.execute(update(node).where(*where).values(_RELEASED))
+            connection.execute(update(node).where(*where).values(RELEASED))
+
+    def _waiting(self, endpoint: str | None = None) -> list[ColumnElement[bool]]:
+        where: list[ColumnElement[bool]] = [node.c.state == "waiting", node.c.planned == true()]
+        if endpoint is not None:
+            where.append(node.c.endpoint == endpoint)
+        if self._only is not None:
+            where.append(node.c.domain.in_(self._only))
+        return where
 
     def _take(self, connection: Connection, keys: Sequence[str]) -> None:
         values: dict[str, Any] = {"state": "claimed", "owner": self.owner}
@@ -229,70 +242,6 @@ def chunks(values: Sequence[T], size: int = CHUNK) -> Iterator[Sequence[T]]:
     return (values[start : start + size] for start in range(0, len(values), size))
 
 
-_RELEASED = {"state": "waiting", "owner": None, "lease_until": None}
-_ANSWER = (
-    update(node)
-    .where(node.c.key == bindparam("of"))
-    .values(
-        {name: bindparam(f"a_{name}") for name in ("state", "error", "answer", "finish_reason", "prompt_tokens")}
-        | {name: bindparam(f"a_{name}") for name in ("completion_tokens", "cost", "model", "is_estimated", "seconds")}
-        | {"attempts": node.c.attempts + 1, "finished": bindparam("at"), "owner": None, "lease_until": None}
-    )
-)
-_POSTPONE = (
-    update(node)
-    .where(node.c.key == bindparam("of"))
-    .values(
-        attempts=node.c.attempts + bindparam("attempt"),
-        not_before=bindparam("until"),
-        error=bindparam("why"),
-        **_RELEASED,
-    )
-)
-_FAIL = (
-    update(node)
-    .where(node.c.key == bindparam("of"))
-    .values(
-        state="failed",
-        attempts=node.c.attempts + 1,
-        error=bindparam("why"),
-        finished=bindparam("at"),
-        owner=None,
-        lease_until=None,
-    )
-)
-
-
-def _answer_values(one: Finished, now: float) -> dict[str, Any]:
-    answer = one.answer
-    return {
-        "of": one.node.key,
-        "at": now,
-        "a_state": _state(one),
-        "a_error": _reason(one),
-        "a_answer": clean(answer.text),
-        "a_finish_reason": answer.finish_reason,
-        "a_prompt_tokens": answer.prompt_tokens,
-        "a_completion_tokens": answer.completion_tokens,
-        "a_cost": answer.cost,
-        "a_model": clean(answer.model),
-        "a_is_estimated": answer.is_estimated,
-        "a_seconds": answer.seconds,
-    }
-
-
-def _state(one: Finished) -> str:
-    return "answered" if one.unreadable is None else "unreadable"
-
-
-def _reason(one: Finished) -> str | None:
-    return None if one.unreadable is None else clean(one.unreadable)
-
-
-def _postponed_values(one: Postponed) -> dict[str, Any]:
-    return {"of": one.key, "attempt": int(one.counts), "until": one.until, "why": clean(one.error)}
-
-
 def _sum(total: Spent, answer: Answer) -> Spent:
     return Spent(
         total.num_answers + 1,
@@ -300,11 +249,6 @@ def _sum(total: Spent, answer: Answer) -> Spent:
         total.completion_tokens + answer.completion_tokens,
         total.cost + answer.cost,
     )
-
-
-def _waiting(endpoint: str | None = None) -> list[ColumnElement[bool]]:
-    where = [node.c.state == "waiting", node.c.planned == true()]
-    return where if endpoint is None else [*where, node.c.endpoint == endpoint]
 
 
 def _locked(keys: Sequence[str]) -> Select[Any]:

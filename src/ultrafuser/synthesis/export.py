@@ -86,7 +86,7 @@ def export(
     recipe: SynthesisRecipe,
     folder: Path,
     *,
-    formats: Sequence[FileFormat] = FORMATS,
+    formats: Sequence[str] = FORMATS,
     form: Form = "messages",
 ) -> ExportSummary:
     """Write the data set.
@@ -103,15 +103,15 @@ def export(
         DataError: There is nothing to write, the folder holds something else, or the disk is full; then what was
             there is untouched.
     """
-    if not formats or (unknown := set(formats) - set(FORMATS)):
-        wrong = ", ".join(sorted(unknown)) if formats else "none"
-        raise ConfigError(f"formats of an export: {wrong} is not one; choose from {', '.join(FORMATS)}")
+    if wrong := sorted(set(formats) - set(FORMATS)) or ([] if formats else ["none"]):
+        raise ConfigError(f"formats of an export: {wrong[0]} is not one; choose from {', '.join(FORMATS)}")
+    chosen = [file_format for file_format in FORMATS if file_format in formats]
     _check_target(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "data").mkdir(parents=True)
-        summary = _write_all(store, recipe, partial, formats, form)
+        summary = _write_all(store, recipe, partial, chosen, form)
         summary.folder = folder
         if not summary.num_records:
             raise DataError(f"synthesis {recipe.name} has no answer that was kept yet: nothing to export")

@@ -4,11 +4,11 @@ import time
 
 import pytest
 
+from ultrafuser.data.conclusions import boxed, conclusion, gsm8k_gold
 from ultrafuser.errors import DataError
 from ultrafuser.evaluation.grading.choices import chosen_letter
 from ultrafuser.evaluation.grading.math import MathGrader, Verdict
 from ultrafuser.evaluation.grading.math_worker import is_reasonable
-from ultrafuser.evaluation.grading.numbers import boxed, conclusion, gsm8k_gold
 
 
 @pytest.fixture(scope="module")

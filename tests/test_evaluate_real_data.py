@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from ultrafuser.data.conclusions import conclusion
 from ultrafuser.evaluation.benchmarks import find_place, read_docs
 from ultrafuser.evaluation.grading.choices import chosen_letter
 from ultrafuser.evaluation.grading.math import MathGrader
-from ultrafuser.evaluation.grading.numbers import conclusion
 
 DATA = Path(os.environ.get("ULTRAFUSER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from ultrafuser.data.benchmarks import MBPP_TEST_IDS
+from ultrafuser.data.conclusions import boxed, gsm8k_gold
 from ultrafuser.data.files import HUB_PREFIX, read_entries
 from ultrafuser.data.formats import RecordError
 from ultrafuser.errors import ConfigError, DataError
-from ultrafuser.evaluation.grading.numbers import boxed, gsm8k_gold
 
 Doc = dict[str, Any]
 Row = Mapping[str, Any]

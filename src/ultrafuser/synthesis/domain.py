@@ -167,7 +167,7 @@ class DomainSettings(Section):
     @property
     def topic_stages(self) -> tuple[StageName, ...]:
         """The stages of topics, the last of which instructions are asked of."""
-        return ("meta_topics", "sub_topics", *(("fine_topics",) if self.fine_topics else ()))  # type: ignore[return-value]
+        return ("meta_topics", "sub_topics", *(("fine_topics",) if self.fine_topics else ()))
 
 
 @dataclass(frozen=True)

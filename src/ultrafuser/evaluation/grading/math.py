@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import atexit
 import json
-import re
 import selectors
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from ultrafuser.data.conclusions import conclusion, plain_number
 from ultrafuser.errors import ConfigError, DataError
-from ultrafuser.evaluation.grading.numbers import clean_number, conclusion
 
 DEADLINE_S = 5.0  # for one answer; a usual one takes milliseconds
 START_LIMIT_S = 60.0  # for the worker to load sympy on a busy machine
@@ -28,7 +26,6 @@ UNLIKELY = 7919  # added to a right answer, it must make it wrong: a checker tha
 RECYCLE_AFTER = 500  # answers, since sympy's caches grow
 
 _WORKER = Path(__file__).with_name("math_worker.py")
-_PLAIN = re.compile(r"-?\d{1,60}(\.\d{1,60})?(/\d{1,60})?")
 
 Outcome = Literal["right", "wrong", "unparsed", "timeout"]
 
@@ -67,7 +64,7 @@ class MathGrader:
         extracted = conclusion(answer)
         if extracted is None:
             return Verdict("unparsed", None)
-        first, second = _plain(gold), _plain(extracted)
+        first, second = plain_number(gold), plain_number(extracted)
         if first is not None and second is not None:
             return Verdict("right" if first == second else "wrong", extracted)
         return Verdict(self._ask(gold, extracted), extracted)
@@ -79,7 +76,7 @@ class MathGrader:
             DataError: One does not, or does; says which.
         """
         for gold in golds:
-            if _plain(gold) is None and gold not in self._readable:
+            if plain_number(gold) is None and gold not in self._readable:
                 if self._ask(gold, gold) != "right" or self._ask(gold, f"{gold}+{UNLIKELY}") == "right":
                     raise DataError(f"the right answer {gold!r:.200} cannot be read by math-verify: leave it out")
                 self._readable.add(gold)
@@ -138,13 +135,3 @@ def shared_grader() -> MathGrader:
     grader = MathGrader()
     atexit.register(grader.close)
     return grader
-
-
-def _plain(text: str) -> Fraction | None:
-    number = clean_number(text)
-    if not _PLAIN.fullmatch(number):
-        return None
-    above, _, below = number.partition("/")
-    if below and not int(below):
-        return None
-    return Fraction(above) / Fraction(below or 1)

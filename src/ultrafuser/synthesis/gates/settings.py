@@ -61,8 +61,8 @@ class TruncatedSettings(Section):
 class LanguageSettings(Section):
     """Texts that are surely in another language than the domain's."""
 
-    certainty: Fraction = 0.95  # of py3langid, above which it is believed
-    min_letters: PositiveInt = 60  # of prose, below which it is not asked
+    certainty: Fraction = 0.8  # of py3langid, above which it is believed
+    min_letters: PositiveInt = 40  # of prose, below which it is not asked
 
 
 class CodeSettings(Section):
@@ -85,6 +85,7 @@ class AgreementSettings(Section):
 class OverlapSettings(Section):
     """Texts that share 13 words in a row with a test set; only with `benchmarks` in the recipe."""
 
+    benchmarks: tuple[str, ...] | None = None  # None: all that we know, and each must be in the folder
     answers: bool = False  # compare with reference answers, too
 
 

@@ -7,6 +7,7 @@ A conclusion that leaves the choice open ("7 or 8") is none: hedging must not pa
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from ultrafuser.errors import DataError
 
@@ -17,6 +18,7 @@ _NUMBER = r"(?:(?<![\w)])[-+]\s?)?\$?\s?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.
 _MARKER = re.compile(
     r"####|\banswer\s*(?:is|was|equals|(?:would|should|must)\s+be|=|:)\s*:?|\banswer\s*\*\*\s*:?", re.IGNORECASE
 )
+_PLAIN = re.compile(r"-?\d{1,60}(\.\d{1,60})?(/\d{1,60})?")
 _ASIDE = re.compile(r"\([^()]*\)")
 _HEDGE = re.compile(rf"{_NUMBER}[^.\n\d]{{0,20}}\b(?:or|and|and/or)\b[^.\n\d]{{0,20}}{_NUMBER}", re.IGNORECASE)
 _LATEX = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]*[\\^_{}=][^$\n]*)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
@@ -62,6 +64,17 @@ def gsm8k_gold(answer: str) -> str:
 def clean_number(text: str) -> str:
     """A number without dollar sign, thousands separators, spaces and a full stop behind it."""
     return re.sub(r"[$,\s]", "", text).rstrip(".").removeprefix("+")
+
+
+def plain_number(text: str) -> Fraction | None:
+    """The value of a whole number, a decimal or a fraction of two; None for anything else."""
+    number = clean_number(text)
+    if not _PLAIN.fullmatch(number):
+        return None
+    above, _, below = number.partition("/")
+    if below and not int(below):
+        return None
+    return Fraction(above) / Fraction(below or 1)
 
 
 def _after_marker(rest: str) -> str | None:

@@ -7,6 +7,8 @@ with the most they can have cost for as long as the process lives.
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass, field
 
 from ultrafuser.synthesis.endpoints.usage import cost, most_prompt_tokens
@@ -49,9 +51,7 @@ class Budget:
         """Set a share aside, if it is left."""
         if self._exceeded(share) is not None:
             return False
-        self.reserved_tokens += share.tokens
-        self.reserved_cost += share.cost
-        self._num_reserved += 1
+        self.hold(share)
         return True
 
     def settle(self, share: Share, answer: Answer | None, *, may_cost: bool = False) -> None:
@@ -65,11 +65,33 @@ class Budget:
         # Sums of floats that were added and taken away again are not quite zero.
         self.reserved_cost = self.reserved_cost - share.cost if self._num_reserved else 0.0
         if answer is not None:
-            self.spent_tokens += answer.prompt_tokens + answer.completion_tokens
-            self.spent_cost += answer.cost
+            self.add(answer)
         elif may_cost:
             self.lost_tokens += share.tokens
             self.lost_cost += share.cost
+
+    def add(self, answer: Answer) -> None:
+        """An answer whose share is given back with others."""
+        self.spent_tokens += answer.prompt_tokens + answer.completion_tokens
+        self.spent_cost += answer.cost
+
+    def hold(self, share: Share) -> None:
+        """Set a share aside that was sent before, left or not."""
+        self.reserved_tokens += share.tokens
+        self.reserved_cost += share.cost
+        self._num_reserved += 1
+
+    def left(self) -> Share | None:
+        """What can still be reserved; None: there is no limit."""
+        if not self.is_limited:
+            return None
+        taken_tokens = self.spent_tokens + self.reserved_tokens + self.lost_tokens
+        taken_cost = self.spent_cost + self.reserved_cost + self.lost_cost
+        max_tokens, max_cost = self.limits.max_tokens, self.limits.max_cost
+        return Share(
+            sys.maxsize if max_tokens is None else max(0, max_tokens - taken_tokens),
+            math.inf if max_cost is None else max(0.0, max_cost - taken_cost),
+        )
 
     def reached(self, share: Share) -> str:
         """The line that says why a share cannot be had: which limit, what is spent, what to raise."""

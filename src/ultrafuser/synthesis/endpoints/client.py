@@ -48,8 +48,8 @@ class Client:
         has_key = f"the key in {config.key_variable} is not accepted: set the right one"
         has_none = f"set {config.key_variable} to the endpoint's key"
         self.help = Help(f"endpoint {name} at {self.url}", has_key if self._key else has_none, config.model)
-        self._openai = _open(self.url, config, self._key)
-        self._headers: dict[str, Any] = {} if self._key else {"Authorization": _omit()}
+        self.openai = _open(self.url, config, self._key)
+        self.headers: dict[str, Any] = {} if self._key else {"Authorization": _omit()}
         self._sends_schema = config.json_schema != "never"
         self._knows_schema = config.json_schema == "always"  # it has taken one
         self._limit_name = "max_tokens"
@@ -61,7 +61,7 @@ class Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._openai.close()
+        await self.openai.close()
 
     async def ask(self, request: Request) -> Answer | Refusal:
         """The endpoint's answer, or why there is none."""
@@ -107,10 +107,10 @@ class Client:
         """Status, headers and text, whatever they are."""
         import openai
 
-        offered = self._openai.completions if "prompt" in body else self._openai.chat.completions
+        offered = self.openai.completions if "prompt" in body else self.openai.chat.completions
         create: Any = offered.with_raw_response.create
         try:
-            raw = await create(**body, extra_headers=self._headers or None, extra_body=self.config.extra_body or None)
+            raw = await create(**body, extra_headers=self.headers or None, extra_body=self.config.extra_body or None)
             return raw.http_response.status_code, raw.http_response.headers, raw.http_response.text
         except openai.APIStatusError as error:
             return error.response.status_code, error.response.headers, error.response.text
@@ -126,7 +126,7 @@ class Client:
 
     def _unreachable(self, error: Exception) -> Refusal:
         cause = error.__cause__ or error
-        said = f"{self.help.where}: {type(cause).__name__}: {self._clean(str(cause)) or 'no connection'}"
+        said = f"{self.help.where}: {type(cause).__name__}: {self.clean(str(cause)) or 'no connection'}"
         if type(cause).__name__ in _NO_CONNECTION:
             return Refusal("unreachable", f"{said} - is it running, and is the address right?")
         return Refusal("passing", f"{said} - the connection ended before the answer did", may_cost=True)
@@ -167,16 +167,16 @@ class Client:
         error = payload.get("error") if isinstance(payload, dict) else None
         if not is_ok:
             message, code = _error(error, payload, text)
-            return refusal_of_status(status, self._clean(message), code, retry_after_s(headers), self.help)
+            return refusal_of_status(status, self.clean(message), code, retry_after_s(headers), self.help)
         if error and not (isinstance(payload, dict) and payload.get("choices")):
             message, code = _error(error, payload, text)
             inner = error.get("code") if isinstance(error, dict) else None
             inner = inner if isinstance(inner, int) and 400 <= inner < 600 else 500
-            return refusal_of_status(inner, self._clean(message), code, retry_after_s(headers), self.help)
+            return refusal_of_status(inner, self.clean(message), code, retry_after_s(headers), self.help)
         answer = self._answer(request, payload, seconds, is_batch)
         if answer is None:
             what = "JSON that cannot be read" if payload is None else "JSON without a choice"
-            said = f"{self.help.where} answers {what}: {self._clean(text[:2000], 120)!r}"
+            said = f"{self.help.where} answers {what}: {self.clean(text[:2000], 120)!r}"
             return Refusal("passing", said, may_cost=True)
         return answer
 
@@ -200,7 +200,7 @@ class Client:
             text, finish, usage.prompt_tokens, usage.completion_tokens, price, model, usage.is_estimated, seconds
         )
 
-    def _clean(self, text: str, length: int = 300) -> str:
+    def clean(self, text: str, length: int = 300) -> str:
         """What an endpoint said, for a message: one line, without the key."""
         return one_line(_storable(text.replace(self._key, "***") if self._key else text), length)
 

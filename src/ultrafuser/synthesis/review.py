@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from ultrafuser.errors import ConfigError
+from ultrafuser.errors import ConfigError, DataError
 from ultrafuser.files import read_json, write_text_atomically
 from ultrafuser.synthesis.node import Item, fraction_of
 from ultrafuser.synthesis.recipe import INSTRUCTION_STAGES, TOPIC_STAGES, StageName

@@ -43,9 +43,10 @@ def _verbs(command: Any, path: str) -> Iterator[tuple[str, Any]]:
         return
     if _visible(command):
         yield path, command
+    default = getattr(command, "default_command", None)  # may be called by the name of its group alone
     for name, child in commands.items():
         if not child.hidden:
-            yield from _verbs(child, f"{path} {name}")
+            yield from _verbs(child, path if name == default else f"{path} {name}")
 
 
 def _visible(command: Any) -> list[Any]:

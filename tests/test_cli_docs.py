@@ -12,6 +12,8 @@ from typing import Annotated
 import pytest
 import typer
 
+from ultrafuser.cli.synthesize import DefaultGroup
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "cli_docs.py"
 
@@ -78,3 +80,24 @@ def test_a_page_tells_arguments_options_defaults_and_examples(cli_docs: ModuleTy
     assert r"| `--space logits\|probs` | Where to fuse. Default: `logits`. |" in page
     assert "| `--resume / --fresh` | Go on. Default: `--resume`. |" in page
     assert "secret" not in page
+
+
+def test_a_default_command_stands_under_the_name_of_its_group(cli_docs: ModuleType):
+    app, group = typer.Typer(), typer.Typer(cls=DefaultGroup)
+
+    @group.command()
+    def run(recipe: Path) -> None:
+        """Make it."""
+
+    @group.command()
+    def status(recipe: Path) -> None:
+        """How far it is."""
+
+    app.add_typer(group, name="synthesize")
+
+    page = cli_docs.render(app)
+
+    assert "* [`ultrafuser synthesize`](#ultrafuser-synthesize): Make it." in page
+    assert "ultrafuser synthesize RECIPE" in page
+    assert "* [`ultrafuser synthesize status`](#ultrafuser-synthesize-status): How far it is." in page
+    assert "synthesize run" not in page

@@ -131,6 +131,19 @@ def apply_verdicts(store: Store, recipe: SynthesisRecipe, file: VerdictFile) -> 
     return Applied(num_accepted, len(given) - num_accepted, _num_struck(store) - before, file.approved)
 
 
+def settle(store: Store, recipe: SynthesisRecipe, path: Path | None, stages: Sequence[str] = ()) -> Applied:
+    """Apply a file of verdicts, if there is one, and approve these stages in every domain.
+
+    Raises:
+        ConfigError: A stage is none that is reviewed; nothing was written.
+        DataError: The file is none, or does not fit the synthesis; nothing was written.
+    """
+    check_stages(stages)
+    file = read_verdicts(path) if path is not None else VerdictFile(synthesis=recipe.name)
+    applied = apply_verdicts(store, recipe, file)
+    return applied._replace(approved=(*applied.approved, *approve_stages(store, recipe, stages)))
+
+
 def approve_stages(store: Store, recipe: SynthesisRecipe, stages: Sequence[str]) -> tuple[StageApproval, ...]:
     """Let the pipeline go on behind these stages, in every domain of the recipe.
 

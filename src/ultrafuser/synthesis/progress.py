@@ -87,8 +87,8 @@ class Progress:
             node = recorded.nodes[failed.key]
             row = self.rows.setdefault((node.domain, node.stage), StageRow())
             row.failed, row.waiting = row.failed + 1, max(0, row.waiting - 1)
-        for problem in (*recorded.postponed, *recorded.failed):
-            self.last_error = problem.error
+        for error in [one.error for one in recorded.postponed] + [one.error for one in recorded.failed]:
+            self.last_error = error
         self._recent.append((self.clock(), spent.num_answers, spent.prompt_tokens))
         self._forget()
 

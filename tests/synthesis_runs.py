@@ -1,0 +1,31 @@
+"""A run as a process of its own, to be killed: `python synthesis_runs.py RECIPE.json NODES [WORDS]`.
+
+Its one domain has a stage of so many requests, whose answers' first words are items, and a stage that asks once more
+about each hundredth of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from synthesis_stores import CountingStage, make_plan
+from ultrafuser.synthesis.pipeline import Pipeline, prepare
+from ultrafuser.synthesis.recipe import SynthesisRecipe
+from ultrafuser.synthesis.store import Store
+
+
+def main(recipe_path: Path, num_nodes: int) -> None:
+    """Go on with the run."""
+    recipe = SynthesisRecipe.model_validate_json(recipe_path.read_text())
+    plans = [make_plan(CountingStage("meta_topics", num_nodes, num_words=1))]
+    with Store.open(recipe) as store:
+        prepare(store, plans)
+        print("open", flush=True)
+        summary = asyncio.run(Pipeline(recipe, store, plans).run())
+    print(summary.text())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

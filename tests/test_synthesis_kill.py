@@ -1,0 +1,77 @@
+"""`kill -9` at random moments loses no finished answer and repeats at most what was under way."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from synthesis_endpoint import serving_process
+from synthesis_stores import make_recipe
+
+# The issue's numbers, at which it takes two minutes, are run by SYNTHESIS_KILL_NODES=20000.
+NUM_NODES = int(os.environ.get("SYNTHESIS_KILL_NODES", "2000"))
+NUM_KILLS = 10
+CONCURRENCY = 32
+
+
+def calls_of(url: str) -> dict[str, int]:
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/calls") as reply:
+        return json.loads(reply.read())
+
+
+@pytest.mark.slow
+def test_ten_kills_lose_nothing_and_repeat_at_most_what_was_under_way(tmp_path: Path):
+    rng = random.Random(5)
+    with serving_process(latency_s=0.02) as url:
+        recipe = make_recipe(tmp_path, url=url, endpoint={"concurrency": CONCURRENCY})
+        (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+        script = Path(__file__).with_name("synthesis_runs.py")
+        command = [sys.executable, str(script), str(tmp_path / "recipe.json"), str(NUM_NODES)]
+        num_kills = 0
+        # Each process is killed after its part of the answers, give or take, and sometimes as soon as it has started.
+        for number in range(1, NUM_KILLS + 1):
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "open\n"
+                until = NUM_NODES * (number - rng.random()) / (NUM_KILLS + 1)
+                while process.poll() is None and calls_of(url)["answered"] < until:
+                    time.sleep(rng.random() / 20)
+                assert process.poll() is None, "it ended before it could be killed"
+                process.kill()
+                num_kills += process.wait() == -9
+            assert integrity(tmp_path) == "ok"
+        before = time.monotonic()
+        last = subprocess.run(command, capture_output=True, text=True, check=True)
+        calls = calls_of(url)
+
+    states, num_items = counts(tmp_path)
+    print(f"{NUM_NODES} nodes, {num_kills} kills: {calls}; the last process took {time.monotonic() - before:.1f} s")
+    assert num_kills == NUM_KILLS
+    assert states == {"answered": NUM_NODES}
+    assert num_items == NUM_NODES
+    assert integrity(tmp_path) == "ok"
+    assert calls["distinct_answered"] == NUM_NODES
+    assert calls["repeated"] <= CONCURRENCY * NUM_KILLS
+    assert calls["total"] - NUM_NODES <= CONCURRENCY * NUM_KILLS
+    assert calls["most_at_once"] <= CONCURRENCY
+    assert f"in all {NUM_NODES}, " in last.stdout
+
+
+def integrity(folder: Path) -> str:
+    with sqlite3.connect(folder / "nodes.sqlite") as connection:
+        return connection.execute("PRAGMA integrity_check").fetchone()[0]
+
+
+def counts(folder: Path) -> tuple[dict[str, int], int]:
+    with sqlite3.connect(folder / "nodes.sqlite") as connection:
+        states = dict(connection.execute("SELECT state, count(*) FROM node GROUP BY state"))
+        return states, connection.execute("SELECT count(*) FROM item").fetchone()[0]

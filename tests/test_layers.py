@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"generation", "config", "alignment", "sandbox"},
     {"data", "model"},
     {"train", "evaluation", "analysis", "baselines", "doctor", "engine", "synthesis", "vllm_plugin"},
-    {"demo", "server"},
+    {"demo", "server", "export"},
     {"compare"},
     {"cli"},
 ]

@@ -22,6 +22,7 @@ from ultrafuser.cli import (
     demo,
     doctor,
     evaluate,
+    export,
     inspect,
     prepare,
     serve,
@@ -56,6 +57,7 @@ app.command()(doctor.doctor)
 app.command()(evaluate.evaluate)
 app.command()(chat.chat)
 app.command()(serve.serve)
+app.command()(export.export)
 app.command()(bench.bench)
 app.command()(demo.demo)
 app.command()(compare.compare)

@@ -161,6 +161,18 @@ def read_templates(config: FusedConfig) -> list[Template]:
     return [Template(t["name"], t["source"], tuple(t["end_of_turn"])) for t in config.templates]
 
 
+def use_templates(fused: FusedForCausalLM, templates: Sequence[Template], tokenizer: Any) -> None:
+    """Write conversations in other templates from here on, and stop where these end a turn.
+
+    Args:
+        fused: Changed in place.
+        templates: One per specialist, in order.
+        tokenizer: The shared one.
+    """
+    fused.config.templates = [template_fields(template) for template in templates]
+    fused.generation_config = _generation_config(fused, templates, tokenizer)
+
+
 def assemble(
     cls: type[FusedForCausalLM], config: FusedConfig, models: Mapping[str, PreTrainedModel], seed: int
 ) -> FusedForCausalLM:

@@ -28,8 +28,12 @@ GATE_FILE = "gate.safetensors"
 EXPORT = "ultrafuser export MODEL --for vllm"
 
 
-def check_options(config: FusedConfig) -> None:
+def check_options(config: FusedConfig, *, gate_only: bool | None = None) -> None:
     """Refuse what one forward over a mixed batch of requests cannot do.
+
+    Args:
+        config: The model's.
+        gate_only: Whether the folder refers to its specialists; None: as the configuration says.
 
     Raises:
         ConfigError: An option of the fusion, or a source of a specialist, that vLLM cannot follow.
@@ -44,7 +48,7 @@ def check_options(config: FusedConfig) -> None:
         part = config.specialist_configs[name].get_text_config()
         if getattr(part, "final_logit_softcapping", None) and several:
             raise ConfigError(f"specialist {name!r} caps its logits, which vLLM cannot fuse: use `ultrafuser serve`")
-    for source in config.sources if config.gate_only else ():
+    for source in config.sources if (config.gate_only if gate_only is None else gate_only) else ():
         if source["name"] in running_names(config) and (source["adapter"] or source["gguf_file"]):
             kind = "an adapter" if source["adapter"] else "a GGUF file"
             raise ConfigError(

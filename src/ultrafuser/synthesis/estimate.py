@@ -187,7 +187,7 @@ def _notes(recipe: SynthesisRecipe, stages: Sequence[StageEstimate]) -> list[str
     notes = [
         f"{left:,} calls are left, repeated ones not counted. Hours: at each "
         f"endpoint's concurrency with {TOKENS_PER_S:g} tokens/s for each answer (an assumption), or at its requests "
-        "and tokens per minute where these are narrower; a domain's stages follow one another, domains run side by side."
+        "and tokens per minute where these are narrower; stages of a domain in turn, domains side by side."
     ]
     money, tokens = sum(stage.cost for stage in stages), sum(stage.tokens for stage in stages)
     used = {name for stage in stages for name in recipe.sampling(stage.stage).endpoint}

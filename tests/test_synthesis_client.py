@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synthesis_endpoint import Endpoint, serving
@@ -322,6 +322,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.one_of(JSON.map(lambda value: __import__("json").dumps(value)), st.text()), st.integers(200, 599))
 def test_any_response_is_an_answer_or_a_refusal_of_one_line(body: str, status: int) -> None:
     client = Client("writer", EndpointConfig(url="http://x/v1", model="m"), "http://x/v1")
@@ -331,6 +332,7 @@ def test_any_response_is_an_answer_or_a_refusal_of_one_line(body: str, status: i
     assert isinstance(result, Answer) or "\n" not in result.message
 
 
+@settings(deadline=None)
 @given(st.text(), st.one_of(JSON, st.dictionaries(st.sampled_from(["prompt_tokens", "completion_tokens"]), JSON)))
 def test_usage_is_always_within_what_is_possible(text: str, said: Any) -> None:
     request = Request(endpoint="e", model="m", messages=(ChatMessage(role="user", content=text),), max_tokens=50)
@@ -351,6 +353,7 @@ def test_retry_after_is_read_in_seconds_milliseconds_and_as_a_date() -> None:
     assert retry_after_s({"retry-after": email.utils.formatdate(now - 99, usegmt=True)}, now) == 0
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_a_retry_after_of_any_text_is_a_sane_wait_or_none(text: str) -> None:
     wait_s = retry_after_s({"retry-after": text})

@@ -156,13 +156,13 @@ class Pool:
             (a.concurrency.wait_s(now), a.concurrency.num_under_way / a.concurrency.limit) for a in endpoint.addresses
         ]
         best = min(range(len(waits)), key=waits.__getitem__)
-        wait_s = max(waits[best][0], endpoint.requests.wait_s(1, now), endpoint.tokens.wait_s(tokens, now))
+        wait_s = max(waits[best][0], endpoint.requests.wait_s(1.0, now), endpoint.tokens.wait_s(float(tokens), now))
         if wait_s > 0:
             # A long rest must not hide that it is time to give up.
             left_s = float("inf") if endpoint.quiet_since is None else endpoint.quiet_since + self.give_up_after_s - now
             return min(wait_s, max(left_s, 0.001))
-        endpoint.requests.take(1, now)
-        endpoint.tokens.take(tokens, now)
+        endpoint.requests.take(1.0, now)
+        endpoint.tokens.take(float(tokens), now)
         address = endpoint.addresses[best]
         return Ticket(endpoint, address, address.concurrency.begin(now), tokens)
 
@@ -171,11 +171,11 @@ class Pool:
         endpoint = ticket.endpoint
         endpoint.ended_at = now
         if isinstance(result, Answer):
-            endpoint.tokens.take(result.prompt_tokens + result.completion_tokens - ticket.tokens, now)
+            endpoint.tokens.take(float(result.prompt_tokens + result.completion_tokens - ticket.tokens), now)
             self._answered(ticket, now)
             return
         if not result.may_cost:
-            endpoint.tokens.take(-ticket.tokens, now)
+            endpoint.tokens.take(-float(ticket.tokens), now)
         if endpoint.quiet_since is None:
             endpoint.quiet_since = max(ticket.place.began, endpoint.answered_at)
         endpoint.last_error = result.message

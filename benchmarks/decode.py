@@ -41,7 +41,7 @@ from ultrafuser.engine.bench import (
     time_decoding,
     time_prefill,
 )
-from ultrafuser.engine.drafts import DraftKind, Planner
+from ultrafuser.engine.drafts import DraftKind
 from ultrafuser.engine.engine import Engine, EngineOptions
 from ultrafuser.errors import ConfigError
 from ultrafuser.evaluation.provenance import hardware, versions
@@ -263,7 +263,7 @@ class Bench:
                 # Plain and drafted take turns, so that what else the machine does meets all alike.
                 for seed in seeds:
                     for kinds in DRAFTS:
-                        engine.planner = Planner(kinds, num_specialists=len(names), max_choices=1)
+                        engine.planner = engine.make_planner(kinds, 1)
                         label = f"{domain}, T={temperature:g}, {form}, {'+'.join(kinds) or 'plain'}"
                         params = SamplingParams(temperature=temperature, seed=seed)
                         timing = time_decoding(

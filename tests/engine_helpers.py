@@ -85,8 +85,14 @@ def make_engine(
     tokenizer: Any = None,
     **options: Any,
 ) -> Engine:
-    """A small engine that drafts nothing unless told to."""
-    defaults: dict[str, Any] = {"max_context": CONTEXT, "max_choices": 4, "drafts": (), "chunk": 16}
+    """A small engine that drafts nothing unless told to, and then with the specialists' own weights."""
+    defaults: dict[str, Any] = {
+        "max_context": CONTEXT,
+        "max_choices": 4,
+        "drafts": (),
+        "draft_weights": "exact",
+        "chunk": 16,
+    }
     return Engine(
         make_fused() if model is None else model,
         make_tokenizer() if tokenizer is None else tokenizer,

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from engine_helpers import CONTEXT, always_draft, assert_answers, greedy, make_engine, run, twin
 from helpers import VOCAB_SIZE, make_fused, make_model
 from ultrafuser.engine.llama import LlamaStack, can_stack, is_llama_like
-from ultrafuser.engine.runner import check_backbone
+from ultrafuser.engine.proof import Proof, ask_models, check_backbone
 from ultrafuser.engine.slots import SlotCache
 from ultrafuser.errors import ConfigError, ModelError
 
@@ -134,9 +134,12 @@ def test_a_backbone_that_computes_something_else_is_refused():
     stack = LlamaStack([other], length=CONTEXT)
     cache = SlotCache(1, 2, CONTEXT, stack.kv_heads, dtype=torch.float32, device=model.device)
 
-    check_backbone(stack, cache, [other], ["text"], exact=True)
+    def say(asked: PreTrainedModel) -> Proof:
+        return ask_models([asked], ["text"], num_slots=2, length=CONTEXT)
+
+    check_backbone(stack, cache, say(other), exact=True)
     with pytest.raises(ModelError, match=r"specialist 'text' is a LlamaForCausalLM, .*logits off by \d"):
-        check_backbone(stack, cache, [model], ["text"], exact=True)
+        check_backbone(stack, cache, say(model), exact=True)
 
 
 def test_the_stacked_runner_is_refused_for_specialists_that_differ():

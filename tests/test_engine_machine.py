@@ -61,14 +61,16 @@ class EngineMachine(RuleBasedStateMachine):
         drafts=st.sampled_from([(), ("lookup",), ("self",), ("model",), ("self", "lookup", "model")]),
         chunk=st.sampled_from([1, 5, 64]),
         sequential=st.booleans(),
+        reduced=st.booleans(),
     )
-    def start(self, kind: str, drafts: tuple[DraftKind, ...], chunk: int, sequential: bool) -> None:
+    def start(self, kind: str, drafts: tuple[DraftKind, ...], chunk: int, sequential: bool, reduced: bool) -> None:
         self.kind = kind
         self.engine: Engine = make_engine(
             make(kind)[0],
             draft=make_model(seed=0) if "model" in drafts else None,
             runner="sequential" if sequential else "auto",
             drafts=drafts,
+            draft_weights="auto" if reduced else "exact",  # "mixed" has specialists that know no other
             chunk=chunk,
             max_choices=SLOTS,
             max_draft_choices=3,

@@ -109,13 +109,28 @@ def test_nobody_is_left_out_unless_asked(model, expected):
     assert engine.stats().skipped_passes == 0
 
 
-def test_released_weights_are_given_back_and_answers_stay():
-    kept = make_engine(make_fused(), weights="half", drafts=())
-    released = make_engine(model := make_fused(), weights="half", release_model=True, drafts=())
+@pytest.mark.parametrize("drafts", [(), ("self",)], ids=str)
+@pytest.mark.parametrize("weights", ["exact", "half"])
+def test_released_weights_are_given_back_and_answers_stay(weights, drafts):
+    kept = make_engine(make_fused(), weights=weights, drafts=drafts)
+    released = make_engine(model := make_fused(), weights=weights, release_model=True, drafts=drafts)
 
     answers = [EngineGenerator(engine).generate(CONVERSATIONS, PARAMS) for engine in (kept, released)]
 
     assert [a.token_ids for a in answers[0]] == [a.token_ids for a in answers[1]]
+    assert released.runner.released
+    assert not kept.runner.released
     layer = model.specialists["text"].base_model.layers[0]
     assert layer.mlp.up_proj.weight.numel() == 0
     assert model.specialists["text"].get_input_embeddings().weight.numel() > 0
+
+
+def test_weights_that_the_engine_shares_are_not_released():
+    engine = make_engine(model := make_fused(), pack=False, release_model=True, drafts=())
+
+    answers = EngineGenerator(engine).generate(CONVERSATIONS, PARAMS)
+
+    assert not engine.runner.released
+    assert [a.token_ids for a in answers] == [
+        a.token_ids for a in FusedGenerator(model, make_tokenizer()).generate(CONVERSATIONS, PARAMS)
+    ]

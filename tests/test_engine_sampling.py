@@ -169,8 +169,21 @@ def test_a_seed_gives_the_same_tokens_alone_in_a_batch_drafted_and_stacked(param
     others = [greedy(3, 9, 20, seed=2, max_tokens=15), greedy(8, 2, 2, seed=3, max_tokens=9, temperature=2.0)]
     (alone,) = run(make_engine(model, runner="sequential"), asked)
     for runner in ("sequential", "stacked"):
-        for kinds in ((), ("lookup",), ("self",), ("model",)):
-            engine = make_engine(model, draft=make_model(seed=0), runner=runner, drafts=kinds, max_draft_choices=4)
+        for kinds, form in (
+            ((), "exact"),
+            (("lookup",), "exact"),
+            (("self",), "exact"),
+            (("self",), "int4"),
+            (("model",), "exact"),
+        ):
+            engine = make_engine(
+                model,
+                draft=make_model(seed=0),
+                runner=runner,
+                drafts=kinds,
+                draft_weights=form,
+                max_draft_choices=4,
+            )
             if kinds:
                 always_draft(engine, *kinds)
             heard = run(engine, others[0], asked, others[1])[1]

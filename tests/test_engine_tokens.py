@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from engine_helpers import (
+    CONTEXT,
     Heard,
     always_draft,
     assert_answers,
@@ -18,6 +19,8 @@ from engine_helpers import (
     twin,
 )
 from helpers import make_fused, make_mixed, make_model, make_trio
+from ultrafuser.engine.llama import LlamaStack
+from ultrafuser.engine.runner import MARGIN
 
 MIX = (
     greedy(7, 21, 12, seed=1, max_tokens=14),
@@ -66,6 +69,39 @@ def test_answers_in_a_mix_are_the_plain_loops_with_and_without_drafts(runner: st
     assert 0 <= stats.accepted_tokens <= stats.drafted_tokens
 
 
+@pytest.mark.parametrize("runner", ["sequential", "stacked"])
+@pytest.mark.parametrize("form", ["half", "int4"])
+def test_a_specialist_that_runs_ahead_in_fewer_bits_changes_no_answer(runner: str, form: str):
+    model = make_fused(make_similar())
+    reference = twin(model)
+    engine = make_engine(
+        model, runner=runner, drafts=("self",), draft_weights=form, max_draft_choices=4, chunk=3, max_choices=3
+    )
+    always_draft(engine, "self")
+
+    for request, heard in zip(MIX, run(engine, *MIX), strict=True):
+        assert_answers(reference, request, heard)
+
+    stats = engine.stats()
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
+
+
+def test_nothing_that_a_wrong_drafter_leaves_in_the_caches_is_ever_seen():
+    """Whole blocks of keys and values are another model's here, and are written over before anybody reads them."""
+    model = make_fused(make_similar())
+    reference = twin(model)
+    engine = make_engine(model, runner="stacked", drafts=("self",), draft_weights="half", max_draft_choices=4)
+    strangers = [make_model(seed=seed) for seed in (7, 8, 9)]
+    engine.runner.groups[0].drafter = LlamaStack(strangers, length=CONTEXT + MARGIN)
+    always_draft(engine, "self")
+
+    for request, heard in zip(MIX, run(engine, *MIX), strict=True):
+        assert_answers(reference, request, heard)
+
+    stats = engine.stats()
+    assert stats.accepted_tokens < 0.2 * stats.drafted_tokens
+
+
 @pytest.mark.parametrize("kind", ["lookup", "self", "model"])
 def test_drafts_change_no_answer_of_different_architectures(kind: Any):
     model = make_fused(make_mixed())
@@ -111,8 +147,12 @@ def test_one_or_two_specialists_answer_as_the_plain_loop(num: int, kind: Any):
         assert_answers(model, request, heard)
 
 
-def test_one_specialist_is_not_drafted_for_by_itself():
-    assert make_engine(make_fused(make_similar(1)), drafts=("lookup", "self", "model")).planner.kinds == ("lookup",)
+def test_one_specialist_is_drafted_for_by_itself_only_in_fewer_bits():
+    kinds = ("lookup", "self", "model")
+    exact = make_engine(make_fused(make_similar(1)), drafts=kinds, draft_weights="exact")
+    reduced = make_engine(make_fused(make_similar(1)), drafts=kinds, draft_weights="half")
+    assert exact.planner.kinds == ("lookup",)
+    assert reduced.planner.kinds == ("lookup", "self")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from torch import nn
 
 from engine_helpers import assert_answers, greedy, make_engine, make_similar, run, twin
 from helpers import make_fused, make_mixed, make_model, make_trio
-from ultrafuser.engine.weights import ExactProduct, HalfProduct, Int8Product, make_product
+from ultrafuser.engine.reduced import HalfProduct, Int4Product, Int8Product, is_int4_fast
+from ultrafuser.engine.weights import ExactProduct, PackedProduct, can_pack, make_product
 from ultrafuser.errors import ConfigError
 
 SHAPES = {"square": (24, (24,)), "wide": (48, (16,)), "tall": (8, (24,)), "three side by side": (24, (24, 12, 12))}
@@ -45,6 +46,32 @@ def test_an_exact_product_is_the_linear_layers(num_in: int, outs: tuple[int, ...
             for member in range(group):
                 one = product(x[member : member + 1], member)
                 torch.testing.assert_close(one, expected(before, x)[member : member + 1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("num_in", "outs"), SHAPES.values(), ids=SHAPES.keys())
+def test_a_packed_product_is_the_linear_layers_and_leaves_them_alone(num_in: int, outs: tuple[int, ...], bias: bool):
+    for group in (1, 3):
+        parts = make_parts(group, num_in, outs, bias=bias)
+        product = PackedProduct(parts)
+        for rows in (*range(1, 18), 31, 40):
+            x = torch.randn(group, rows, num_in)
+            torch.testing.assert_close(product(x), expected(parts, x))
+            torch.testing.assert_close(product(x[-1:], group - 1), expected(parts, x)[-1:])
+        weights = [linear.weight.clone() for linears in parts for linear in linears]
+        for linear in (linear for linears in parts for linear in linears):
+            linear.weight.zero_()
+        assert product(x).abs().max() > 0
+        assert all(weight.abs().max() > 0 for weight in weights)
+
+
+def test_exact_weights_are_packed_only_in_fp32_and_where_it_is_wanted():
+    parts = make_parts(1, 16, (8,), bias=False)
+    assert isinstance(make_product(parts, "exact", num_threads=1, pack=False), ExactProduct)
+    assert isinstance(make_product(parts, "exact", num_threads=1), PackedProduct) == can_pack(parts[0][0])
+    assert not can_pack(nn.Linear(16, 8).bfloat16())
+    assert not can_pack(nn.Linear(16, 8, device="meta"))
 
 
 @torch.no_grad()
@@ -98,6 +125,48 @@ def test_int8_weights_are_their_own_dequantised_ones_up_to_bf16_inputs(bias: boo
     torch.testing.assert_close(product(x), expected(rounded, x), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("num_in", "outs"), [(64, (128,)), (40, (24, 12)), (16, (262,))], ids=str)
+def test_int4_weights_are_within_half_a_step_of_their_group(num_in: int, outs: tuple[int, ...], bias: bool):
+    """Any sizes: groups that are not full and blocks of outputs that are not are filled up with zeros."""
+    parts = make_parts(2, num_in, outs, bias=bias)
+    product = Int4Product(parts)
+    eye = torch.eye(num_in).expand(2, -1, -1)
+    bare = product(eye) - product(torch.zeros_like(eye))
+    for linears, rows in zip(parts, bare, strict=True):
+        weight = torch.cat([linear.weight for linear in linears])
+        groups = weight.t().split(32)
+        steps = [(g.amax(0).clamp(min=0) - g.amin(0).clamp(max=0)).clamp(min=1e-3) / 15 for g in groups]
+        allowed = torch.cat([s.expand(len(g), -1) for s, g in zip(steps, groups, strict=True)])
+        off = (rows - weight.t()).abs()
+        assert bool((off <= 0.6 * allowed + 2e-2 * weight.abs().max()).all())
+        assert float(off.mean()) > 1e-3  # they are int4, and not what they came from
+    x = torch.randn(2, 3, num_in)
+    torch.testing.assert_close(product(x[1:], 1), product(x)[1:])
+    torch.testing.assert_close(product(x), expected(parts, x), rtol=0.2, atol=0.3)
+
+
+@pytest.mark.parametrize("form", ["half", "int4"])
+def test_drafts_in_fewer_bits_are_refused_for_what_is_not_like_llama(form: Any):
+    with pytest.raises(ConfigError, match=f"drafts in {form} take Llama-like specialists in fp32"):
+        make_engine(make_fused(make_mixed()), drafts=("self",), draft_weights=form)
+    with pytest.raises(ConfigError, match=f"drafts in {form} take Llama-like specialists in fp32"):
+        make_engine(make_fused(make_similar()).bfloat16(), drafts=("self",), draft_weights=form)
+
+
+def test_a_copy_for_drafts_is_made_only_where_it_is_of_use():
+    def form(model: Any, **options: Any) -> str:
+        return make_engine(model, **{"draft_weights": "auto", "drafts": ("self",), **options}).runner.draft_form
+
+    model = make_fused(make_similar())
+    assert form(model) == ("int4" if is_int4_fast() else "exact")
+    assert form(model, drafts=("lookup",)) == "exact"
+    assert form(model, weights="half", draft_weights="half") == "exact"  # they are in half already
+    assert form(make_fused(make_mixed())) == "exact"
+    assert form(make_fused(make_similar()).bfloat16()) == "exact"
+
+
 def test_inputs_that_the_int8_kernel_would_read_past_are_refused():
     with pytest.raises(ConfigError, match="in sixteens and a layer has 24"):
         Int8Product(make_parts(1, 24, (4,), bias=False))
@@ -132,11 +201,12 @@ def test_reduced_weights_are_refused_for_what_is_not_like_llama():
 
 
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("runner", ["stacked", "sequential"])
-def test_the_model_goes_on_working_beside_the_engine(runner: str, tied: bool):
+def test_the_model_goes_on_working_beside_the_engine(runner: str, pack: bool, tied: bool):
     model = make_fused(make_trio(tied=tied))
     before = twin(model)
-    engine = make_engine(model, runner=runner)
+    engine = make_engine(model, runner=runner, pack=pack)
     run(engine, greedy(7, 9, 5))
 
     ids = torch.randint(5, 200, (2, 9))

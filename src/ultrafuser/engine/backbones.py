@@ -1,15 +1,15 @@
-"""The forward of any architecture of transformers over a slot cache, one specialist at a time.
+"""Backbones: what runs specialists over a slot cache; here the one for any architecture, one specialist at a time.
 
 The model's own layers run; only the cache is ours. Whether an architecture plays along (takes a mask and positions,
-keeps keys and values and nothing else) is checked by running it (`runner.check_backbone`), not guessed.
+keeps keys and values and nothing else) is checked by running it (`proof.check_backbone`), not guessed.
 
-Shapes: B choices, T new tokens, H hidden size, V vocabulary.
+Shapes: G specialists of a backbone, B choices, T new tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,39 @@ from transformers import Cache, PreTrainedModel
 from ultrafuser.engine.slots import SlotCache, SlotView
 from ultrafuser.errors import ModelError
 from ultrafuser.model.backbone import head_logits, last_hidden_state
+
+
+class Backbone(Protocol):
+    """One or more specialists over one slot cache."""
+
+    num_members: int
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    @property
+    def kv_heads(self) -> list[tuple[int, int]]:
+        """Heads and their size of each layer."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights that one pass reads."""
+        ...
+
+    def hidden(
+        self,
+        ids: Int[Tensor, "G B T"],
+        starts: Int[Tensor, "G B"],
+        cache: SlotCache,
+        slots: Sequence[int],
+        member: int | None = None,
+    ) -> Float[Tensor, "G B T H"]:
+        """Last hidden states of new tokens."""
+        ...
+
+    def logits(self, hidden: Float[Tensor, "G M H"], member: int | None = None) -> Float[Tensor, "G M V"]:
+        """Logits of hidden states."""
+        ...
 
 
 class ModelBackbone:

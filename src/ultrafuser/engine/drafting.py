@@ -22,7 +22,8 @@ def run_ahead(
     """Let one view of each choice write `length` tokens by itself.
 
     Its cache then holds the draft but its last token; the draft does not count as seen, so one that is thrown away
-    costs nothing more.
+    costs nothing more. With weights for drafts what the cache holds is not exact: the view reads it again with the
+    others, over the same columns.
 
     Args:
         runner: The model.
@@ -47,9 +48,10 @@ def run_ahead(
             starts = [
                 choices[i].seen[view] + (0 if step == 0 else len(choices[i].pending(view)) + step - 1) for i in mine
             ]
-            states = runner.hidden({view: Feed([choices[i].slot for i in mine], starts, tokens)})[view]
+            feed = Feed([choices[i].slot for i in mine], starts, tokens)
+            states = runner.hidden({view: feed}, reduced=True)[view]
             last = torch.stack([states[row, len(t) - 1] for row, t in enumerate(tokens)])
-            logits = runner.logits(view, last)
+            logits = runner.logits(view, last, reduced=True)
             for row, i in enumerate(mine):
                 hidden[i].append(last[row])
                 token = choices[i].sampler.pick(logits[row], [*choices[i].response, *drafts[i]])

@@ -3,8 +3,9 @@
 A draft is a guess at the next tokens. All specialists read it in one pass and the fused model chooses its own token at
 every position, as it would have without; the guess is kept as far as it agrees. So a draft changes speed, nothing else.
 
-Who drafts: the specialist with the largest weight at the last token (`self`), which runs ahead alone and is then joined
-by the others; the text itself (`lookup`): what followed when the same tokens stood there before; or a small `model`.
+Who drafts: the specialist with the largest weight at the last token (`self`), which runs ahead alone, in fewer bits
+where there is such a copy of it, and is then joined by the others; the text itself (`lookup`): what followed when the
+same tokens stood there before; or a small `model`.
 
 How far is decided before every block from what was measured: how often guesses of that kind agreed lately for this
 choice, and what passes of that many rows cost. A guess that does not pay is not made, and is tried again now and then.
@@ -24,7 +25,8 @@ LENGTHS = (2, 3, 4, 6, 8)
 _KEEP = 0.9  # of an average at every observation: some ten blocks back
 _FIRST_RETRY, _LAST_RETRY = 16, 256  # tokens until a kind that did not pay is tried again
 _GAIN = 1.05  # what a draft must promise before it is made
-_ROW = 0.3  # of a pass of one row: what a further row costs as long as nothing is known
+_ROW = 0.1  # of a pass of one row: what a further row costs as long as nothing is known
+_REDUCED = 0.4  # of a specialist's part of a pass: what it costs in fewer bits as long as nothing is known
 
 
 class Plan(NamedTuple):
@@ -112,25 +114,27 @@ class DraftHistory:
 
 @dataclass(slots=True)
 class Costs:
-    """Running averages of what passes take, in seconds."""
+    """Running averages of what passes take, in seconds.
+
+    The first pass of its kind and size does not count: kernels are made for it.
+    """
 
     passes: dict[tuple[int, int], float] = field(default_factory=dict)  # by choices and rows of each
     joins: dict[tuple[int, int], float] = field(default_factory=dict)  # the same without the one that ran ahead
-    feeds: dict[tuple[DraftKind, int], float] = field(
-        default_factory=dict
-    )  # one token of drafting, by kind and choices
+    feeds: dict[tuple[DraftKind, int], float] = field(default_factory=dict)  # a token drafted, by kind and choices
+    _met: set[tuple[str, object]] = field(default_factory=set)
 
     def observe_pass(self, num_choices: int, rows: int, seconds: float) -> None:
         """All specialists read `rows` tokens of each choice."""
-        _average(self.passes, (num_choices, rows), seconds)
+        self._observe("passes", (num_choices, rows), seconds)
 
     def observe_join(self, num_choices: int, rows: int, seconds: float) -> None:
         """All specialists but the one that ran ahead read `rows` tokens of each choice."""
-        _average(self.joins, (num_choices, rows), seconds)
+        self._observe("joins", (num_choices, rows), seconds)
 
     def observe_feed(self, kind: DraftKind, num_choices: int, seconds: float) -> None:
         """A drafter read one token of each choice."""
-        _average(self.feeds, (kind, num_choices), seconds)
+        self._observe("feeds", (kind, num_choices), seconds)
 
     def of_pass(self, num_choices: int, rows: int) -> float | None:
         """What a pass takes: as measured, or as passes of fewer and of more rows let expect."""
@@ -142,6 +146,15 @@ class Costs:
         known = {(num_choices, 1): share * one, **self.joins}
         return _expect(known, num_choices, rows, share * one)
 
+    def _observe(self, name: str, key: object, seconds: float) -> None:
+        if (name, key) not in self._met:
+            self._met.add((name, key))
+            return
+        averages: dict[object, float] = getattr(self, name)
+        old = averages.get(key, seconds)
+        # What held a pass up was something else, mostly: less is believed sooner than more.
+        averages[key] = 0.5 * (old + seconds) if seconds < old else 0.8 * old + 0.2 * min(seconds, 2 * old)
+
 
 class Planner:
     """Decides about drafts.
@@ -150,12 +163,16 @@ class Planner:
         kinds: Those allowed, in order of preference where they promise the same.
         num_specialists: N.
         max_choices: With more choices in the batch nothing is drafted: their rows cost what a draft would save.
+        is_read_again: A specialist that ran ahead joins the others, since it did so in fewer bits.
     """
 
-    def __init__(self, kinds: Sequence[DraftKind], *, num_specialists: int, max_choices: int) -> None:
+    def __init__(
+        self, kinds: Sequence[DraftKind], *, num_specialists: int, max_choices: int, is_read_again: bool = False
+    ) -> None:
         self.kinds = tuple(kinds)
         self.num_specialists = num_specialists
         self.max_choices = max_choices
+        self.is_read_again = is_read_again
         self.costs = Costs()
 
     def plan(self, num_choices: int, histories: Sequence[DraftHistory], possible: dict[DraftKind, int]) -> Plan:
@@ -176,7 +193,8 @@ class Planner:
             for length in LENGTHS:
                 if length > possible.get(kind, 0):
                     continue
-                speed = _expected(rate, length, bonus=kind != "self") / self._seconds(kind, num_choices, length, one)
+                bonus = kind != "self" or self.is_read_again
+                speed = _expected(rate, length, bonus=bonus) / self._seconds(kind, num_choices, length, one)
                 if speed > best_speed:
                     best, best_speed = Plan(kind, length), speed
         if best.kind is None:
@@ -195,19 +213,16 @@ class Planner:
         return PLAIN
 
     def _seconds(self, kind: DraftKind, num_choices: int, length: int, one: float) -> float:
+        """What a block takes, its draft included."""
+        whole = self.costs.of_pass(num_choices, length + 1)
+        assert whole is not None, "a pass of one row was measured"
         if kind == "lookup":
-            whole = self.costs.of_pass(num_choices, length + 1)
-            assert whole is not None, "a pass of one row was measured"
             return whole
-        feed = self.costs.feeds.get((kind, num_choices), one / self.num_specialists)
-        if kind == "self":  # the drafter has read the block already
-            share = (self.num_specialists - 1) / self.num_specialists
-            whole = self.costs.of_join(num_choices, length, one, share)
-        else:
-            measured = self.costs.of_pass(num_choices, length + 1)
-            assert measured is not None, "a pass of one row was measured"
-            whole = measured
-        return whole + length * feed
+        part = one / self.num_specialists
+        if kind == "self" and not self.is_read_again:  # the drafter has read the block already
+            whole = self.costs.of_join(num_choices, length, one, (one - part) / one)
+        guess = _REDUCED * part if kind == "self" and self.is_read_again else part
+        return whole + length * self.costs.feeds.get((kind, num_choices), guess)
 
 
 def _expected(rate: float, length: int, *, bonus: bool) -> float:
@@ -224,11 +239,3 @@ def _expect(known: Mapping[tuple[int, int], float], num_choices: int, rows: int,
     if above == below:
         return costs[below]
     return costs[below] + (costs[above] - costs[below]) * (rows - below) / (above - below)
-
-
-def _average(
-    values: dict[tuple[int, int], float] | dict[tuple[DraftKind, int], float], key: object, new: float
-) -> None:
-    old = values.get(key)  # type: ignore[call-overload]
-    # A pass that was held up by something else counts little.
-    values[key] = new if old is None else 0.8 * old + 0.2 * min(new, 2 * old)  # type: ignore[index]

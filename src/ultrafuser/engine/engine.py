@@ -29,7 +29,7 @@ from ultrafuser.engine.requests import EngineStats, GenerationRequest, Listener
 from ultrafuser.engine.runner import MARGIN, Runner, RunnerKind
 from ultrafuser.engine.sampling import Sampler
 from ultrafuser.engine.skipping import Absences
-from ultrafuser.engine.weights import WeightFormat
+from ultrafuser.engine.weights import DraftWeights, WeightFormat
 from ultrafuser.errors import ModelError, RequestError
 from ultrafuser.model.build import read_templates
 from ultrafuser.model.fused import FusedForCausalLM
@@ -47,12 +47,16 @@ class EngineOptions:
         chunk: Tokens of a prompt that are read in one round.
         runner: Specialists in a stack, one after another, or whatever is faster.
         weights: Their format; "exact" gives the model's own tokens.
+        pack: Copy exact fp32 weights on x86 to a layout that is faster for two rows and more; twice the memory unless
+            the model is released.
         drafts: Kinds of speculation; none to decode plainly.
+        draft_weights: Format of a copy of the weights with which a specialist runs ahead, which changes no token;
+            "auto" is int4 (a sixth of fp32) for Llama-like specialists on the CPU, and "exact" makes none.
         max_draft_choices: With more choices in the batch nothing is drafted.
         skip_below: Weight under which a specialist is left out until it catches up; not exact, nothing is drafted with
             it, and `EngineStats` says how often it changed nothing. 0 runs everybody.
         static_shapes: Decode in steps of constant shape, on CUDA as graphs; None does so on CUDA.
-        release_model: Give back the memory of weights that the engine has packed: the model can then do nothing else.
+        release_model: Give back the memory of weights that the engine has copied: the model can then do nothing else.
     """
 
     max_context: int = 0
@@ -61,7 +65,9 @@ class EngineOptions:
     chunk: int = 256
     runner: RunnerKind = "auto"
     weights: WeightFormat = "exact"
+    pack: bool = True
     drafts: tuple[DraftKind, ...] = ("lookup", "self")
+    draft_weights: DraftWeights = "auto"
     max_draft_choices: int = 2
     skip_below: float = 0.0
     static_shapes: bool | None = None
@@ -128,6 +134,8 @@ class Engine:
                 "vocabulary"
             )
         self.max_context, num_slots = fit_slots(model, options, draft=draft)
+        drafts = () if options.skip_below else options.drafts
+        kinds = tuple(kind for kind in drafts if kind != "model" or draft is not None)
         self.runner = runner or Runner(
             model,
             num_slots=num_slots,
@@ -135,16 +143,16 @@ class Engine:
             margin=MARGIN,
             kind=options.runner,
             form=options.weights,
+            draft_form=options.draft_weights if "self" in kinds else "exact",
             draft=draft,
             static_shapes=options.static_shapes,
+            pack=options.pack,
             release=options.release_model,
         )
         self.num_slots = num_slots
-        drafts = () if options.skip_below else options.drafts
-        kinds = tuple(kind for kind in drafts if kind != "model" or draft is not None)
-        if len(self.names) == 1:  # one specialist cannot run ahead of itself
+        if len(self.names) == 1 and self.runner.draft_form == "exact":  # it would run ahead of itself
             kinds = tuple(kind for kind in kinds if kind != "self")
-        self.planner = Planner(kinds, num_specialists=len(self.names), max_choices=options.max_draft_choices)
+        self.planner = self.make_planner(kinds, options.max_draft_choices)
         ends = model.generation_config.eos_token_id  # 0 is an id, too
         self.end_ids = frozenset(
             [self.encoder.end_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])]
@@ -176,6 +184,15 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._running or self._waiting)
+
+    def make_planner(self, kinds: Sequence[DraftKind], max_choices: int) -> Planner:
+        """A planner of these kinds of drafts that knows nothing yet of what passes cost."""
+        return Planner(
+            kinds,
+            num_specialists=len(self.names),
+            max_choices=max_choices,
+            is_read_again=self.runner.draft_form != "exact",
+        )
 
     def check(self, request: GenerationRequest) -> None:
         """Refuse what can never be served; any thread may ask.
@@ -323,6 +340,7 @@ class Engine:
         plan = self._plan(choices)
         drafts: list[list[int]] = [[] for _ in choices]
         known: list[dict[int, torch.Tensor]] = [{} for _ in choices]
+        is_join = plan.kind == "self" and not self.planner.is_read_again
         began = time.perf_counter()
         if plan.kind == "lookup":
             drafts = [self._lookup(choice).draft(min(plan.length, self._room(choice))) for choice in choices]
@@ -330,11 +348,11 @@ class Engine:
             heaviest = [max(range(len(c.last_weights)), key=c.last_weights.__getitem__) for c in choices]
             views = heaviest if plan.kind == "self" else [len(self.names)] * len(choices)
             drafts, states = run_ahead(self.runner, choices, views, plan.length)
-            if plan.kind == "self":
+            if is_join:
                 known = [{view: hidden} for view, hidden in zip(views, states, strict=True)]
             self.planner.costs.observe_feed(plan.kind, len(choices), (time.perf_counter() - began) / plan.length)
         began = time.perf_counter()
-        rows = [plan.length if plan.kind == "self" else len(draft) + 1 for draft in drafts]
+        rows = [plan.length if is_join else len(draft) + 1 for draft in drafts]
         blocks = [Block(*parts) for parts in zip(choices, drafts, rows, known, strict=True)]
         pending = [len(c.pending(len(self.names))) if self.has_draft_model else 0 for c in choices]
         absences = {choice.slot: self._memory[id(choice)].absences.of(choice) for choice in choices}
@@ -343,7 +361,7 @@ class Engine:
         slots = [choice.slot for choice in choices]
         advances = decode(self.runner, blocks, skipped=absent, audited=returning)
         costs = self.planner.costs
-        observe = costs.observe_join if plan.kind == "self" else costs.observe_pass
+        observe = costs.observe_join if is_join else costs.observe_pass
         observe(len(choices), max(rows), time.perf_counter() - began)
         self._counters.steps += 1
         for block, advance, waits, slot in zip(blocks, advances, pending, slots, strict=True):

@@ -21,8 +21,7 @@ class EngineGenerator:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        released = engine.options.release_model and engine.options.weights != "exact"
-        whole = not released and engine.model.device.type != "meta"  # ranks hold one specialist each
+        whole = not engine.runner.released and engine.model.device.type != "meta"  # ranks hold one specialist each
         self._scorer = FusedGenerator(engine.model, engine.tokenizer) if whole else None
 
     @property

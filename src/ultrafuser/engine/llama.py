@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ultrafuser.engine.slots import SlotCache, SlotView
-from ultrafuser.engine.weights import Product, WeightFormat, make_product
+from ultrafuser.engine.weights import AnyFormat, Product, make_product
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 _SCALED = ("logit_scale", "logits_scaling", "final_logit_softcapping", "pretraining_tp_scale")
@@ -46,14 +46,24 @@ class LlamaStack:
     """G specialists of one shape.
 
     Args:
-        models: Their models; exact weights become views of the stack's buffers, and the models go on working.
+        models: Their models, which go on working unless they are released; exact weights that are not packed become
+            views of the stack's buffers.
         length: Columns of the longest text.
         form: Format of the weights.
         num_threads: Of torch.
+        pack: Copy exact weights where that makes them faster.
+        release: Give back the memory of linear layers that were copied, each as soon as it is; embeddings stay.
     """
 
     def __init__(
-        self, models: Sequence[PreTrainedModel], *, length: int, form: WeightFormat = "exact", num_threads: int = 1
+        self,
+        models: Sequence[PreTrainedModel],
+        *,
+        length: int,
+        form: AnyFormat = "exact",
+        num_threads: int = 1,
+        pack: bool = True,
+        release: bool = False,
     ) -> None:
         config = models[0].config
         bases: list[Any] = [model.base_model for model in models]
@@ -68,14 +78,21 @@ class LlamaStack:
         self.device, self.dtype = models[0].device, models[0].dtype
         self.compute_dtype = self.dtype if form == "exact" else torch.float32
 
-        def product(*names: str) -> list[Product]:
-            """One product a layer, over the linear layers of these names."""
+        self.embeddings: list[Any] = [model.get_input_embeddings() for model in models]
+        kept = {id(embedding.weight) for embedding in self.embeddings}
+
+        def product(parts: list[list[Any]]) -> Product:
+            """Over the linear layers of each member."""
+            made = make_product(parts, form, num_threads=num_threads, pack=pack)
+            for linear in (linear for linears in parts for linear in linears):
+                if release and made.is_copy and id(linear.weight) not in kept:
+                    linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+            return made
+
+        def products(*names: str) -> list[Product]:
+            """One a layer, over its linear layers of these names."""
             return [
-                make_product(
-                    [[layer[index].get_submodule(name) for name in names] for layer in layers],
-                    form,
-                    num_threads=num_threads,
-                )
+                product([[layer[index].get_submodule(name) for name in names] for layer in layers])
                 for index in range(config.num_hidden_layers)
             ]
 
@@ -86,18 +103,18 @@ class LlamaStack:
             ]
             return [weight.to(self.compute_dtype) for weight in weights]  # [G, 1, 1, H] or [G, 1, 1, D]
 
-        self.qkv = product("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        self.out = product("self_attn.o_proj")
-        self.gate_up = product("mlp.gate_proj", "mlp.up_proj")
-        self.down = product("mlp.down_proj")
+        self.qkv = products("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.out = products("self_attn.o_proj")
+        self.gate_up = products("mlp.gate_proj", "mlp.up_proj")
+        self.down = products("mlp.down_proj")
         self.norm_in, self.norm_mlp = norm("input_layernorm"), norm("post_attention_layernorm")
         # Qwen3 normalises each head of query and key.
         has_head_norm = hasattr(layers[0][0].self_attn, "q_norm")
         self.norm_q = norm("self_attn.q_norm") if has_head_norm else None
         self.norm_k = norm("self_attn.k_norm") if has_head_norm else None
         self.norm_out = torch.stack([base.norm.weight.detach() for base in bases])[:, None, None].to(self.compute_dtype)
-        self.embeddings: list[Any] = [model.get_input_embeddings() for model in models]
-        self.head = make_product([[model.get_output_embeddings()] for model in models], form, num_threads=num_threads)
+        self.head = product([[model.get_output_embeddings()] for model in models])
+        self.released = release and self.head.is_copy
         self.cos, self.sin = self._rotations(bases[0], length)
 
     @property
@@ -152,15 +169,6 @@ class LlamaStack:
     def logits(self, hidden: Float[Tensor, "G M H"], member: int | None = None) -> Float[Tensor, "G M V"]:
         """Logits of all members, or of one."""
         return self.head(hidden.contiguous(), member)
-
-    @staticmethod
-    def release(models: Sequence[PreTrainedModel]) -> None:
-        """Give back the memory of linear layers whose packed copies the stack multiplies with; embeddings stay."""
-        for model in models:
-            embedding = model.get_input_embeddings().weight
-            for module in model.modules():
-                if isinstance(module, nn.Linear) and module.weight is not embedding:
-                    module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def _attention(
         self,

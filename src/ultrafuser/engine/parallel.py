@@ -56,6 +56,7 @@ class ParallelRunner(Runner):
     def __init__(self, model: FusedForCausalLM, shard: Shard, *, bytes_per_token: int, weight_bytes: int) -> None:
         self.model, self.shard, self.ranks = model, shard, shard.ranks
         self.num_specialists = len(model.names)
+        self.draft_form, self.released = "exact", False
         self._bytes_per_token, self._weight_bytes = bytes_per_token, weight_bytes
         self._orders: list[dict[str, Any]] = []
         self._next_row = 1
@@ -80,8 +81,9 @@ class ParallelRunner(Runner):
         """Copy what a slot holds, `lengths` tokens of each view, to another."""
         self._orders.append({"copy": [source, target], "lengths": list(lengths)})
 
-    def hidden(self, feeds: Mapping[int, Feed]) -> dict[int, Int[Tensor, "B T 1"]]:
-        """Numbers of the hidden states that the ranks will compute."""
+    def hidden(self, feeds: Mapping[int, Feed], *, reduced: bool = False) -> dict[int, Int[Tensor, "B T 1"]]:
+        """Numbers of the hidden states that the ranks will compute, all with the same weights."""
+        del reduced
         found: dict[int, Tensor] = {}
         order: dict[str, Any] = {}
         longest = 0
@@ -103,8 +105,9 @@ class ParallelRunner(Runner):
             self._ask(None)
         return found
 
-    def logits(self, view: int, hidden: Int[Tensor, "M 1"]) -> Float[Tensor, "M V"]:
+    def logits(self, view: int, hidden: Int[Tensor, "M 1"], *, reduced: bool = False) -> Float[Tensor, "M V"]:
         """What one view says alone."""
+        del reduced
         rows = {str(view): hidden[:, 0].tolist()}
         return self._sum(Question("weighted", rows, weights={str(view): [1.0] * len(hidden)}))
 
@@ -254,6 +257,7 @@ def _make_shard(
             margin=MARGIN,
             form=options.weights,
             static_shapes=options.static_shapes,
+            pack=options.pack,
             release=options.release_model,
         )
         found = {"bytes_per_token": runner.bytes_per_token, "weight_bytes": runner.weight_bytes}

@@ -10,60 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ultrafuser.engine.backbones import ModelBackbone
+from ultrafuser.engine.backbones import Backbone, ModelBackbone
 from ultrafuser.engine.graphs import StepGraphs
 from ultrafuser.engine.llama import LlamaStack, can_stack, is_llama_like
+from ultrafuser.engine.proof import ask_models, check_backbone
+from ultrafuser.engine.reduced import is_int4_fast
 from ultrafuser.engine.slots import SlotCache
-from ultrafuser.engine.weights import WeightFormat
-from ultrafuser.errors import ConfigError, ModelError
-from ultrafuser.model.backbone import head_logits, last_hidden_state
+from ultrafuser.engine.weights import DraftWeights, WeightFormat
+from ultrafuser.errors import ConfigError
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.fusion import fuse_logits, gate_weights, uniform_scores
 
 MARGIN = 16  # columns of a slot beyond the context, which shorter rows of a block may fill with rubbish
 RunnerKind = Literal["auto", "sequential", "stacked"]
-_CHECKED = 6  # tokens of the text on which a backbone is compared with its model
-_LONGEST_WINDOW = 512
-
-
-class Backbone(Protocol):
-    """One or more specialists over one slot cache."""
-
-    num_members: int
-    device: torch.device
-    compute_dtype: torch.dtype
-
-    @property
-    def kv_heads(self) -> list[tuple[int, int]]:
-        """Heads and their size of each layer."""
-        ...
-
-    @property
-    def weight_bytes(self) -> int:
-        """Weights that one pass reads."""
-        ...
-
-    def hidden(
-        self,
-        ids: Int[Tensor, "G B T"],
-        starts: Int[Tensor, "G B"],
-        cache: SlotCache,
-        slots: Sequence[int],
-        member: int | None = None,
-    ) -> Float[Tensor, "G B T H"]:
-        """Last hidden states of new tokens."""
-        ...
-
-    def logits(self, hidden: Float[Tensor, "G M H"], member: int | None = None) -> Float[Tensor, "G M V"]:
-        """Logits of hidden states."""
-        ...
 
 
 class Feed(NamedTuple):
@@ -85,7 +51,17 @@ class _Group:
     views: list[int]
     backbone: Backbone
     cache: SlotCache
+    drafter: Backbone | None = None  # the same specialists in fewer bytes, over the same slots
     graphs: StepGraphs | None = None
+
+
+class _Weights(NamedTuple):
+    """Options of `Runner` that concern weights."""
+
+    form: WeightFormat
+    pack: bool
+    release: bool
+    static_shapes: bool | None
 
 
 class Runner:
@@ -98,9 +74,11 @@ class Runner:
         margin: Columns beyond that, which shorter rows of a block may fill with rubbish.
         kind: "stacked" runs equal specialists in one pass, "sequential" never does, "auto" does where it is faster.
         form: Format of the weights; others than "exact" need Llama-like specialists on the CPU.
+        draft_form: Format of the weights with which specialists run ahead; "auto" is int4 where it is fast.
         draft: A small model of the same vocabulary that drafts.
         static_shapes: Run steps of few tokens in constant shapes; None does so on CUDA.
-        release: Give back the memory of weights that were packed.
+        pack: Copy exact weights where that makes them faster.
+        release: Give back the memory of weights that were copied.
 
     Raises:
         ConfigError: An option that these specialists do not allow.
@@ -116,8 +94,10 @@ class Runner:
         margin: int,
         kind: RunnerKind = "auto",
         form: WeightFormat = "exact",
+        draft_form: DraftWeights = "exact",
         draft: PreTrainedModel | None = None,
         static_shapes: bool | None = None,
+        pack: bool = True,
         release: bool = False,
     ) -> None:
         self.model = model
@@ -127,31 +107,15 @@ class Runner:
         length = max_context + margin
         self.groups: list[_Group] = []
         self._place: list[tuple[_Group, int]] = []  # of each view: its group, and which member it is there
+        self.draft_form = _draft_form(draft_form, form, models[: self.num_specialists])
+        weights = _Weights(form, pack, release, static_shapes)
         for views in _grouped(models, self.num_specialists, kind):
-            parts = [models[view] for view in views]
-            backbone: Backbone
-            if is_llama_like(parts[0]):
-                backbone = LlamaStack(parts, length=length, form=form, num_threads=torch.get_num_threads())
-            elif form != "exact":
-                raise ConfigError(
-                    f"weights in {form} are known for Llama-like specialists, and {labels[views[0]]!r} is a "
-                    f"{type(parts[0]).__name__}: use exact weights"
-                )
-            else:
-                backbone = ModelBackbone(parts[0], name=labels[views[0]])
-            cache = SlotCache(
-                len(parts), num_slots, length, backbone.kv_heads, dtype=backbone.compute_dtype, device=parts[0].device
-            )
-            group = _Group(list(views), backbone, cache)
-            check_backbone(group.backbone, cache, parts, [labels[view] for view in views], exact=form == "exact")
-            on_cuda = parts[0].device.type == "cuda"
-            if isinstance(backbone, LlamaStack):
-                if static_shapes if static_shapes is not None else on_cuda:
-                    group.graphs = StepGraphs(backbone, cache, compile_with="inductor" if on_cuda else None)
-                if release and form != "exact":
-                    backbone.release(parts)
+            drafts = self.draft_form if views[0] < self.num_specialists else "exact"
+            parts, names = [models[view] for view in views], [labels[view] for view in views]
+            group = _make_group(views, parts, names, weights, drafts, num_slots=num_slots, length=length)
             self.groups.append(group)
             self._place += [(group, member) for member in range(len(views))]
+        self.released = any(isinstance(g.backbone, LlamaStack) and g.backbone.released for g in self.groups)
 
     @property
     def num_views(self) -> int:
@@ -174,32 +138,40 @@ class Runner:
             if length := max(lengths[view] for view in group.views):
                 group.cache.copy(source, target, length)
 
-    def hidden(self, feeds: Mapping[int, Feed]) -> dict[int, Float[Tensor, "B T _"]]:
-        """Last hidden states of the new tokens of some views; rows are as long as the longest of their view's."""
+    def hidden(self, feeds: Mapping[int, Feed], *, reduced: bool = False) -> dict[int, Float[Tensor, "B T _"]]:
+        """Last hidden states of the new tokens of some views; rows are as long as the longest of their view's.
+
+        Args:
+            feeds: What each reads.
+            reduced: With the weights for drafts: what it leaves in the cache must be read again.
+        """
         found: dict[int, Tensor] = {}
         for group in self.groups:
+            backbone = group.drafter if reduced and group.drafter is not None else group.backbone
             wanted = [view for view in group.views if view in feeds]
             together = len(wanted) == len(group.views) and len({tuple(feeds[view].slots) for view in wanted}) == 1
             if together:
-                ids, starts = _block([feeds[view] for view in wanted], group.backbone.device)
+                ids, starts = _block([feeds[view] for view in wanted], backbone.device)
                 slots = feeds[wanted[0]].slots
-                if group.graphs is not None and group.graphs.takes(ids.shape[1], ids.shape[2], slots):
+                graphs = group.graphs if backbone is group.backbone else None
+                if graphs is not None and graphs.takes(ids.shape[1], ids.shape[2], slots):
                     longest = max(start for view in wanted for start in feeds[view].starts)
-                    hidden = group.graphs.hidden(ids, starts, longest)
+                    hidden = graphs.hidden(ids, starts, longest)
                 else:
-                    hidden = group.backbone.hidden(ids, starts, group.cache, slots)
+                    hidden = backbone.hidden(ids, starts, group.cache, slots)
                 found |= dict(zip(wanted, hidden, strict=True))
                 continue
             for view in wanted:
-                ids, starts = _block([feeds[view]], group.backbone.device)
+                ids, starts = _block([feeds[view]], backbone.device)
                 member = group.views.index(view)
-                found[view] = group.backbone.hidden(ids, starts, group.cache, feeds[view].slots, member)[0]
+                found[view] = backbone.hidden(ids, starts, group.cache, feeds[view].slots, member)[0]
         return found
 
-    def logits(self, view: int, hidden: Float[Tensor, "M H"]) -> Float[Tensor, "M V"]:
+    def logits(self, view: int, hidden: Float[Tensor, "M H"], *, reduced: bool = False) -> Float[Tensor, "M V"]:
         """What one view says alone."""
         group, member = self._place[view]
-        return group.backbone.logits(hidden[None], member)[0].float()
+        backbone = group.drafter if reduced and group.drafter is not None else group.backbone
+        return backbone.logits(hidden[None], member)[0].float()
 
     def scores(self, hidden: Mapping[int, Float[Tensor, "M _"]]) -> Float[Tensor, "M N"]:
         """The gate's scores of hidden states that all specialists have, or zeros where the model weighs alike.
@@ -241,76 +213,60 @@ def gate_device(gate: torch.nn.Module) -> torch.device:
     return next(gate.parameters()).device
 
 
-@torch.no_grad()
-def check_backbone(
-    backbone: Backbone, cache: SlotCache, models: Sequence[PreTrainedModel], names: Sequence[str], *, exact: bool
-) -> None:
-    """Run a text in blocks beside a shorter one, and compare with the models' own forward.
-
-    Reduced weights are only checked to give numbers: how far they are off is measured on text, by `ultrafuser bench`.
-
-    Raises:
-        ModelError: The engine's results are not the model's, or its forward does not work with the engine's cache.
-    """
-    if cache.length < _CHECKED:
-        raise ModelError(f"a context of {cache.length} tokens is too small for the engine: {_CHECKED} are the least")
-    # Past a small window, too, since some architectures cut it in their own way.
-    longest = min(max([_CHECKED, *(w + _CHECKED for m in models for w in _small_windows(m))]), cache.length)
-    lengths = [longest, _CHECKED][: min(cache.num_slots, 2)]
-    generator = torch.Generator().manual_seed(0)
-    vocab = min(model.get_output_embeddings().weight.shape[0] for model in models)
-    ids = torch.randint(0, vocab, (len(models), len(lengths), longest), generator=generator).to(backbone.device)
-    try:
-        actual = _read_in_blocks(backbone, cache, ids, lengths)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise _cannot_run(models[0], names[0], f"its forward fails over the engine's cache, {reason}") from error
-    for j, (model, name) in enumerate(zip(models, names, strict=True)):
-        for row, length in enumerate(lengths):
-            text = ids[j, row, :length][None].to(model.device)
-            own = last_hidden_state(model, text, position_ids=torch.arange(length, device=model.device)[None])
-            expected = head_logits(model, own[0]).float().to(actual[row].device)
-            tolerance = 2e-3 if model.dtype == torch.float32 else 5e-2
-            off = float((actual[row][j] - expected).abs().max())
-            allowed = tolerance * float(expected.abs().max().clamp(min=1.0))
-            if not (off <= allowed if exact else actual[row][j].isfinite().all()):
-                raise _cannot_run(model, name, f"logits off by {off:.3g}")
-
-
-def _read_in_blocks(
-    backbone: Backbone, cache: SlotCache, ids: Int[Tensor, "G B T"], lengths: Sequence[int]
-) -> list[Float[Tensor, "G _ V"]]:
-    """Logits of each text: most of it alone, then one token and two more of all texts together."""
-    slots = list(range(len(lengths)))
-    first = [length - 3 for length in lengths]
-    hidden = [
-        [backbone.hidden(ids[:, slot : slot + 1, :n], ids.new_zeros((len(ids), 1)), cache, [slot])[:, 0]]
-        for slot, n in zip(slots, first, strict=True)
-    ]
-    for skip, num_new in ((0, 1), (1, 2)):
-        starts = torch.tensor([n + skip for n in first], device=ids.device)
-        columns = starts[:, None] + torch.arange(num_new, device=ids.device)
-        block = ids.gather(2, columns.expand(len(ids), -1, -1))
-        states = backbone.hidden(block, starts.expand(len(ids), -1), cache, slots)
-        for slot in slots:
-            hidden[slot].append(states[:, slot])
-    return [backbone.logits(torch.cat(parts, dim=1)).float() for parts in hidden]
+def _make_group(
+    views: list[int],
+    models: Sequence[PreTrainedModel],
+    names: Sequence[str],
+    weights: _Weights,
+    draft_form: Literal["exact", "half", "int4"],
+    *,
+    num_slots: int,
+    length: int,
+) -> _Group:
+    """Views that run together, proven to compute what their models do."""
+    device, threads = models[0].device, torch.get_num_threads()
+    drafter: LlamaStack | None = None
+    backbone: Backbone
+    if is_llama_like(models[0]):
+        proof = ask_models(models, names, num_slots=num_slots, length=length)
+        if draft_form != "exact":
+            drafter = LlamaStack(models, length=length, form=draft_form, num_threads=threads)
+        form, pack, release, _ = weights
+        backbone = LlamaStack(models, length=length, form=form, num_threads=threads, pack=pack, release=release)
+    elif weights.form != "exact":
+        raise ConfigError(
+            f"weights in {weights.form} are known for Llama-like specialists, and {names[0]!r} is a "
+            f"{type(models[0]).__name__}: use exact weights"
+        )
+    else:
+        backbone = ModelBackbone(models[0], name=names[0])
+        proof = ask_models(models, names, num_slots=num_slots, length=length)
+    cache = SlotCache(len(models), num_slots, length, backbone.kv_heads, dtype=backbone.compute_dtype, device=device)
+    check_backbone(backbone, cache, proof, exact=weights.form == "exact")
+    if drafter is not None:
+        check_backbone(drafter, cache, proof, exact=False)
+    group = _Group(views, backbone, cache, drafter)
+    is_static = device.type == "cuda" if weights.static_shapes is None else weights.static_shapes
+    if is_static and isinstance(backbone, LlamaStack):
+        group.graphs = StepGraphs(backbone, cache, compile_with="inductor" if device.type == "cuda" else None)
+    return group
 
 
-def _small_windows(model: PreTrainedModel) -> list[int]:
-    """Windows of attention that a check can afford to pass, whatever an architecture calls them."""
-    config = model.config.get_text_config()
-    sizes = [getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size")]
-    return [size for size in sizes if isinstance(size, int) and 0 < size <= _LONGEST_WINDOW]
-
-
-def _cannot_run(model: PreTrainedModel, name: str, reason: str) -> ModelError:
-    return ModelError(
-        f"specialist {name!r} is a {type(model).__name__}, which the engine does not run as it is ({reason}): "
-        "use FusedGenerator, and report the architecture"
+def _draft_form(
+    wanted: DraftWeights, form: WeightFormat, specialists: Sequence[PreTrainedModel]
+) -> Literal["exact", "half", "int4"]:
+    """The format of drafts: exact, too, where the weights themselves are in the wanted one."""
+    if wanted in ("exact", form):
+        return "exact"
+    fits = all(
+        is_llama_like(model) and model.device.type == "cpu" and (form != "exact" or model.dtype == torch.float32)
+        for model in specialists
     )
+    if wanted == "auto":
+        return "int4" if fits and is_int4_fast() else "exact"
+    if not fits:
+        raise ConfigError(f"drafts in {wanted} take Llama-like specialists in fp32 on the CPU: use auto or exact")
+    return cast(Literal["half", "int4"], wanted)
 
 
 def _grouped(models: Sequence[PreTrainedModel], num_specialists: int, kind: RunnerKind) -> list[list[int]]:

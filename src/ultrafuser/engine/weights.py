@@ -1,38 +1,42 @@
-"""How weights lie in memory and are multiplied when there are only a few rows.
+"""How exact weights lie in memory and are multiplied when there are only a few rows.
 
-Decoding reads every weight once for a handful of rows, so it is as fast as memory is read, and torch's own linear layer
-reads it with one thread when rows are few. Two things mend that without changing a value: the product is cut into one
-part per thread (a batched product over a view of the same weights), and up to four rows stand on the right of the
-weight, where the library has kernels for narrow matrices. Both are fixed rules and not measurements, so that a model's
+Decoding reads every weight once for a handful of rows, so it is as fast as memory is read, if the arithmetic keeps up.
+torch's own linear layer does not: it reads with one thread when rows are few, and four rows cost it four times one.
+
+`PackedProduct` (fp32 on x86) lays weights out anew as oneDNN's kernels like them: up to six rows then cost what one
+does, and sixteen twice that. It is a copy. `ExactProduct` shares the model's weights: it cuts a product into one part
+per thread (a batched product over a view of the same weights) and puts up to four rows on the right of the weight,
+where the library has kernels for narrow matrices. All these are fixed rules and not measurements, so that a model's
 answers do not depend on what else the machine did at start.
-
-Reduced weights (`half`, `int8`) go through kernels that torch brings: measured, they beat what torchao does without a
-compiler.
 
 Shapes: G specialists, M rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import platform
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ultrafuser.errors import ConfigError
+from ultrafuser.engine.reduced import HalfProduct, Int4Product, Int8Product, joined
 
 WeightFormat = Literal["exact", "half", "int8"]
+AnyFormat = Literal["exact", "half", "int8", "int4"]
+DraftWeights = Literal["auto", "exact", "half", "int4"]
 FEW_ROWS = 16  # above that torch's own product uses all threads
 VERY_FEW_ROWS = 4  # up to that the weight stands on the left
-_FEW_INT8_ROWS = 8  # above that its kernel is slower than reading the weight back
+_PACKED_FOR = 16  # rows; the layout is the same from four on
 
 
 class Product(Protocol):
     """Rows times a weight, for a group of specialists or for one of its members."""
 
     num_bytes: int  # of the weights, of the whole group
+    is_copy: bool  # the model's own parameters are not needed
 
     def __call__(self, x: Float[Tensor, "G M I"], member: int | None = None) -> Float[Tensor, "G M O"]:
         """[G, M, I] to [G, M, O]; with `member` both have one specialist."""
@@ -46,6 +50,8 @@ class ExactProduct:
         parts: Per specialist, the linear layers whose outputs stand side by side (query, key and value, say).
         num_threads: Parts of a product with few rows; 1 leaves it to torch.
     """
+
+    is_copy = False
 
     def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int) -> None:
         first = parts[0]
@@ -79,81 +85,54 @@ class ExactProduct:
         return y + (self.bias if member is None else self.bias[member : member + 1])
 
 
-class HalfProduct:
-    """Weights in fp16, inputs and sums in fp32, by torch's FBGEMM kernels: half the bytes; four rows cost as one.
+class PackedProduct:
+    """Weights in fp32 in the layout of oneDNN's kernels.
 
     Args:
         parts: As for `ExactProduct`; their parameters are left alone.
-
-    Raises:
-        ConfigError: This build of torch has no FBGEMM kernels, or a weight does not fit into fp16.
     """
 
+    is_copy = True
+
     def __init__(self, parts: Sequence[Sequence[nn.Linear]]) -> None:
-        if "fbgemm" not in torch.backends.quantized.supported_engines:
-            raise ConfigError("weights in half need torch's FBGEMM kernels, which this build lacks: use exact ones")
-        torch.backends.quantized.engine = "fbgemm"
-        self.packed = []
+        self.packed: list[tuple[Tensor, Tensor | None]] = []
         self.num_bytes = 0
         for linears in parts:
-            weight, bias = _joined(linears)
-            if weight.abs().max() > torch.finfo(torch.float16).max:
-                raise ConfigError("a weight is too large for fp16: use exact weights")
-            self.packed.append(torch.ops.quantized.linear_prepack_fp16(weight, bias))
-            self.num_bytes += 2 * weight.numel()
+            weight, bias = joined(linears)
+            self.packed.append((torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR), bias))
+            self.num_bytes += 4 * weight.numel()
 
     def __call__(self, x: Tensor, member: int | None = None) -> Tensor:
         packed = self.packed if member is None else self.packed[member : member + 1]
-        multiply = torch.ops.quantized.linear_dynamic_fp16
-        rows = [multiply(part, weight) for part, weight in zip(x.float(), packed, strict=True)]
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+        rows = [multiply(part, w, bias, "none", [], "") for part, (w, bias) in zip(x, packed, strict=True)]
         return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 
 
-class Int8Product:
-    """Weights in int8 with a scale for every output, inputs in bf16, sums in fp32: half the bytes of `HalfProduct`.
-
-    Not faster than that one: it is for models that would not fit. Many rows are multiplied by the weight read back.
-
-    Args:
-        parts: As for `ExactProduct`; their parameters are left alone.
-
-    Raises:
-        ConfigError: A layer's inputs are no multiple of 16, which torch's kernel needs and does not check.
-    """
-
-    def __init__(self, parts: Sequence[Sequence[nn.Linear]]) -> None:
-        self.packed: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self.num_bytes = 0
-        for linears in parts:
-            weight, bias = _joined(linears)
-            if weight.shape[1] % 16:
-                raise ConfigError(
-                    f"weights in int8 need inputs in sixteens and a layer has {weight.shape[1]}: use half"
-                )
-            scales = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
-            codes = (weight / scales[:, None]).round().to(torch.int8)
-            self.packed.append((codes, scales, bias))
-            self.num_bytes += weight.numel()
-
-    def __call__(self, x: Tensor, member: int | None = None) -> Tensor:
-        packed = self.packed if member is None else self.packed[member : member + 1]
-        rows = [self._multiply(part.float(), *weights) for part, weights in zip(x, packed, strict=True)]
-        return torch.stack(rows) if len(rows) > 1 else rows[0][None]
-
-    @staticmethod
-    def _multiply(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        if len(x) <= _FEW_INT8_ROWS:
-            y: Tensor = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), codes, scales.bfloat16()).float()
-        else:
-            y = torch.nn.functional.linear(x, codes.float()) * scales
-        return y if bias is None else y + bias
+def can_pack(linear: nn.Linear) -> bool:
+    """Whether `PackedProduct` is for this layer."""
+    weight = linear.weight
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return plain and is_x86 and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
-def make_product(parts: Sequence[Sequence[nn.Linear]], form: WeightFormat, *, num_threads: int) -> Product:
-    """The product of a group's layers in the wanted format."""
+def make_product(
+    parts: Sequence[Sequence[nn.Linear]],
+    form: AnyFormat,
+    *,
+    num_threads: int,
+    pack: bool = True,
+) -> Product:
+    """The product of a group's layers in the wanted format; `pack`: exact ones in a copy where that is faster."""
     if form == "exact":
-        return ExactProduct(parts, num_threads=num_threads)
-    return HalfProduct(parts) if form == "half" else Int8Product(parts)
+        return PackedProduct(parts) if pack and can_pack(parts[0][0]) else ExactProduct(parts, num_threads=num_threads)
+    reduced: dict[str, Callable[[Sequence[Sequence[nn.Linear]]], Product]] = {
+        "half": HalfProduct,
+        "int8": Int8Product,
+        "int4": Int4Product,
+    }
+    return reduced[form](parts)
 
 
 def _product_in_parts(x: Tensor, weight: Tensor, num_parts: int) -> Tensor:
@@ -173,11 +152,3 @@ def _joined_bias(parts: Sequence[Sequence[nn.Linear]]) -> Tensor | None:
     if parts[0][0].bias is None:
         return None
     return torch.stack([torch.cat([linear.bias.detach() for linear in linears]) for linears in parts])[:, None]
-
-
-def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """The weight [O, I] and bias [O] of layers side by side, in fp32."""
-    weight = torch.cat([linear.weight.detach().float() for linear in linears])
-    if linears[0].bias is None:
-        return weight, None
-    return weight, torch.cat([linear.bias.detach().float() for linear in linears])

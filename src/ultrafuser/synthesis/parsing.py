@@ -9,10 +9,12 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from ultrafuser.synthesis.stages.base import UnreadableError
 
+T = TypeVar("T")
 MAX_CHARACTERS = 200_000  # of an answer: a longer one is a loop
 MAX_REPAIRED = 30_000  # characters given to json_repair, which is thorough and slow
 MAX_ITEMS = 500
@@ -38,12 +40,13 @@ FORMATS: dict[str, str] = {
     "instruction": 'Answer with JSON alone, in this form:\n{"instruction": "..."}',
 }
 
+_BEGINS_AS_JSON = re.compile(r"\s*(?:```\w*\s*)?[{\[]")
 _FENCE = re.compile(r"```[\w+-]*\s*\n?(.*?)(?:```|\Z)", re.DOTALL)
-_LIST_MARK = re.compile(r"^\s{0,8}(?:[-*+•]|#{1,6}|\(?\d{1,3}[.):])\s+")
+_IN_LIST = re.compile(r"^\s{0,8}(?:[-*+•]|\(?\d{1,3}[.):])\s", re.MULTILINE)
 _NUMBERED = re.compile(r"^\s{0,8}\(?\d{1,3}[.):]\s+")
 _BULLET = re.compile(r"^\s{0,8}[-*+•]\s+")
 _FIELD = re.compile(
-    r"^\W{0,12}(?P<field>sub-?topic|meta-?topic|topic|name|title|relevance|use[ _-]?case|example use)\b"
+    r"^(?:\W|\d){0,12}(?P<field>sub-?topic|meta-?topic|topic|name|title|relevance|use[ _-]?case|example use)\b"
     r"(?:\s*\d{1,3})?[*_\"'\s]{0,6}[:：][*_\s]{0,6}(?P<value>.*)$",
     re.IGNORECASE,
 )
@@ -70,23 +73,29 @@ class Topic:
     use_case: str = ""
 
 
-def read_topics(text: str) -> list[Topic]:
+def read_topics(text: str, *, is_cut: bool = False) -> list[Topic]:
     """Topics of a JSON answer, of "Topic: ... Relevance: ..." blocks, or of a list of names.
+
+    Args:
+        is_cut: The answer was stopped before its end: its last topic is not whole.
 
     Raises:
         UnreadableError: There is none.
     """
     text = _bounded(text)
     topics = [topic for value in _json_list(text, "topics") if (topic := _topic(value))]
-    topics = topics or list(_blocks(text)) or [_line_topic(line) for line in _listed(text)]
-    topics = [topic for topic in topics if topic.name][:MAX_ITEMS]
+    topics = topics or list(islice(_blocks(text), MAX_ITEMS)) or [_point_topic(point) for point in _listed(text)]
+    topics = [topic for topic in topics if topic.name]
     if not topics:
         raise UnreadableError("no topics in the answer")
-    return topics
+    return _whole(topics, is_cut)
 
 
-def read_instructions(text: str) -> list[str]:
+def read_instructions(text: str, *, is_cut: bool = False) -> list[str]:
     """Instructions of a JSON answer or of a numbered or bulleted list.
+
+    Args:
+        is_cut: The answer was stopped before its end: its last instruction is not whole.
 
     Raises:
         UnreadableError: There is none.
@@ -94,10 +103,10 @@ def read_instructions(text: str) -> list[str]:
     text = _bounded(text)
     found = [instruction for value in _json_list(text, "instructions") if (instruction := _instruction(value))]
     found = found or [_without_label(line) for line in _listed(text)]
-    found = [instruction for instruction in found if instruction][:MAX_ITEMS]
+    found = [instruction for instruction in found if instruction]
     if not found:
         raise UnreadableError("no instructions in the answer")
-    return found
+    return _whole(found, is_cut)
 
 
 def read_instruction(text: str) -> str:
@@ -110,7 +119,9 @@ def read_instruction(text: str) -> str:
     value = _json_value(text)
     if isinstance(value, list) and value:
         value = value[0]
-    if isinstance(value, dict):
+    # JSON within prose may be what the instruction is about.
+    is_json = _BEGINS_AS_JSON.match(text) is not None
+    if isinstance(value, dict) and (is_json or "instruction" in value):
         found = _instruction(value)
         if not found:
             raise UnreadableError("no instruction in the answer")
@@ -133,6 +144,12 @@ def read_text(text: str) -> str:
         UnreadableError: Nothing is left.
     """
     return _bounded(text).strip()
+
+
+def _whole(items: list[T], is_cut: bool) -> list[T]:
+    if is_cut and not (items := items[:-1]):
+        raise UnreadableError("out of tokens within the first item")
+    return items[:MAX_ITEMS]
 
 
 def _bounded(text: str) -> str:
@@ -170,8 +187,8 @@ def _json_value(text: str) -> Any:
     start = min((at for at in (text.find("{"), text.find("[")) if at >= 0), default=-1)
     if start < 0 or not re.match(r"\{\s*[\"'\w}]|\[\s*[\"'{\[\]]", text[start : start + 200]):
         return None
-    if len(text) - start > MAX_REPAIRED:
-        return None
+    if len(text) - start > MAX_REPAIRED or _IN_LIST.search(text[:start]):
+        return None  # the points of a list may hold JSON
     return _container(_repaired(text[start:]))
 
 
@@ -223,6 +240,18 @@ def _blocks(text: str) -> Iterator[Topic]:
         yield Topic(**fields)
 
 
+def _point_topic(point: str) -> Topic:
+    """A topic of a list: its name, with fields on lines of their own below or all on one line."""
+    first, *rest = point.splitlines() or [""]
+    fields = {}
+    for line in rest:
+        if match := _FIELD.match(line[:4000]):
+            fields[re.sub(r"[\s_-]", "", match["field"]).casefold()] = _line(match["value"]).strip("*_")
+    if "relevance" in fields or "usecase" in fields:
+        return Topic(_line(first).strip('*_":'), fields.get("relevance", ""), fields.get("usecase", ""))
+    return _line_topic(point)
+
+
 def _line_topic(line: str) -> Topic:
     """A topic of one line: a name, and perhaps a colon or a dash and its relevance."""
     name, _, relevance = line.partition(":")
@@ -245,6 +274,8 @@ def _points(lines: list[str], mark: re.Pattern[str]) -> list[str]:
     blank = False
     for line in lines:
         if match := mark.match(line):
+            if len(points) > MAX_ITEMS:
+                break
             points.append([line[match.end() :]])
         elif points and not (blank and line.strip() and not line[0].isspace()):
             # An unindented line behind an empty one is talk after the list.

@@ -96,7 +96,7 @@ def targets(domain: Domain) -> list[Target]:
     leaves = getattr(settings, settings.topic_stages[-1])
     found: list[Target] = []
 
-    def add(stage: StageName, items: float, requests: float, filled: int) -> None:
+    def add(stage: StageName, items: int | float, requests: int | float, filled: int) -> None:
         file = "responses" if stage == "follow_up_responses" else stage
         characters = len(domain.prompts[file].text) if file in domain.prompts else len(settings.free.prefix or "")
         tokens = settings.expected_tokens[stage]

@@ -70,7 +70,8 @@ class InstructionStage:
 
     def read(self, node: Node, answer: Answer) -> list[ItemDraft]:
         """At most as many instructions as were asked for."""
-        return [ItemDraft(text) for text in read_instructions(answer.text)[: node.detail["count"]]]
+        texts = read_instructions(answer.text, is_cut=answer.finish_reason == "length")
+        return [ItemDraft(text) for text in texts[: node.detail["count"]]]
 
     def replaced(self, item: Item) -> str | None:
         """Instructions stand beside each other."""

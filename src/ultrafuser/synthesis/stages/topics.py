@@ -56,7 +56,7 @@ class TopicStage:
         """At most as many topics as were asked for."""
         return [
             ItemDraft(topic.name, {"relevance": topic.relevance, "use_case": topic.use_case})
-            for topic in read_topics(answer.text)[: node.detail["count"]]
+            for topic in read_topics(answer.text, is_cut=answer.finish_reason == "length")[: node.detail["count"]]
         ]
 
     def replaced(self, item: Item) -> str | None:

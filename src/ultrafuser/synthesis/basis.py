@@ -85,11 +85,13 @@ def check_basis(database: Database, domain: str, facts: Mapping[StageName, Mappi
             continue
         before, now = planned[stage], json.loads(json.dumps(facts.get(stage, {})))
         if changed := [place for place in {**before, **now} if before.get(place) != now.get(place)]:
-            changes = "; ".join(_change(place, before.get(place), now.get(place)) for place in changed[:3])
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            changes = [_change(place, before.get(place), now.get(place)) for place in changed]
+            if stage not in facts:
+                changes = ["the settings have changed so that there is no such stage any more"]
+            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
             raise ConfigError(
-                f"domain {domain}: since {stage} was planned, {changes}{more}: go on with --from {stage}, which asks "
-                "only what was never asked, or take the change back, or another run folder"
+                f"domain {domain}: since {stage} was planned, {'; '.join(changes[:3])}{more}: go on with --from {stage}"
+                ", which asks only what was never asked, or take the change back, or another run folder"
             )
 
 

@@ -91,12 +91,12 @@ def status(
     """
     _check_packages()
     from ultrafuser.synthesis.load import load_synthesis
-    from ultrafuser.synthesis.progress import status_text
+    from ultrafuser.synthesis.status import status_text
     from ultrafuser.synthesis.store import Store
 
     loaded = load_synthesis(recipe, overrides)
     with Store.open(loaded, read_only=True) as store:
-        print(status_text(loaded, store.progress()))
+        print(status_text(store, loaded))
 
 
 @synthesize.command()

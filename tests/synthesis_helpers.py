@@ -78,7 +78,7 @@ def work(
         async def go() -> Worker:
             worker = Worker(recipe, store, run, read, backoff_s=backoff_s)
             for desk in worker.desks:
-                desk.settle_s, desk.poll_s = 0.01, 0.02
+                desk.settle_s, desk.first_poll_s = 0.01, 0.02
             if prepare is not None:
                 prepare(worker)
             beside = asyncio.create_task(during(worker)) if during is not None else None

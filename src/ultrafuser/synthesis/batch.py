@@ -85,7 +85,8 @@ class BatchDesk:
         self._queue, self._run, self._read, self._writer, self._budget = queue, run, read, writer, budget
         self._changed = changed
         self._woken, self._woken_at = asyncio.Event(), time.monotonic()
-        self.settle_s, self.poll_s = SETTLE_S, FIRST_POLL_S
+        self.settle_s, self.first_poll_s = SETTLE_S, FIRST_POLL_S
+        self._poll_s = 0.0
         self.report = BatchReport()
         self.is_done = False
         self.stalled: SynthesisError | None = None
@@ -130,14 +131,14 @@ class BatchDesk:
         elif not is_out and not self._woken.is_set():
             self.is_done = True
         self._changed()
-        await self._wait(self.poll_s if is_out and self.config.batch == "api" else None)
+        self._poll_s = min(max(self._poll_s * 1.5, self.first_poll_s), LAST_POLL_S)
+        await self._wait(self._poll_s if is_out and self.config.batch == "api" else None)
 
     async def _settle(self) -> None:
         while (left_s := self._woken_at + self.settle_s - time.monotonic()) > 0:
             await asyncio.sleep(left_s)
 
     async def _wait(self, wait_s: float | None) -> None:
-        self.poll_s = min(self.poll_s * 1.5, LAST_POLL_S)
         try:
             async with asyncio.timeout(wait_s):
                 await self._woken.wait()
@@ -193,7 +194,7 @@ class BatchDesk:
                 await self.api.download(file, result)
                 await self._take_in_file(result)
             self._close(path)
-            self.poll_s = FIRST_POLL_S if self.poll_s > FIRST_POLL_S else self.poll_s
+            self._poll_s = 0.0
             if self.report.num_answers + self.report.num_refused == before and self.report.num_repeated == 0:
                 raise SynthesisError(
                     f"{self.client.help.where}: batch {sent.batch} is {state.status} without any result"

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from ultrafuser.synthesis.counts import StageCount
 from ultrafuser.synthesis.queue import Spent
@@ -151,7 +151,6 @@ class Progress:
 class PlainProgress(Progress):
     """The same as lines, written when something is recorded and the last one is old."""
 
-    out: TextIO | None = None
     _last: float = float("-inf")
 
     def start(self, counts: Sequence[StageCount]) -> None:
@@ -167,7 +166,7 @@ class PlainProgress(Progress):
     def _write(self) -> None:
         if self.clock() - self._last >= LINE_S:
             self._last = self.clock()
-            print(self.line(), file=self.out if self.out is not None else sys.stderr, flush=True)
+            print(self.line(), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -77,10 +77,10 @@ class Database:
             finally:
                 self._in_transaction = False
 
-    def rows(self, statement: Executable) -> Sequence[Any]:
+    def rows(self, statement: Executable, values: Any = None) -> Sequence[Any]:
         """All rows of a statement that reads; inside a transaction or outside."""
         with self._clear_errors():
-            return self._connection.execute(statement).all()
+            return self._connection.execute(statement, values).all()
 
     def write(self, statement: Executable, values: Any = None) -> int:
         """Run a statement that writes, inside a transaction; how many rows it touched."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from sqlalchemy import ColumnElement, and_, delete, select, true, update
+from sqlalchemy import ColumnElement, and_, bindparam, delete, select, true, update
 
 from ultrafuser.synthesis.database import Database
 from ultrafuser.synthesis.gates.base import Gate
@@ -24,6 +24,11 @@ from ultrafuser.synthesis.view import StoreGateContext
 STAGE_ORDER: tuple[StageName, ...] = get_args(StageName)
 REVIEW = "review"  # the gate of what a person strikes
 _PAGE = 200
+_SETTLE = (
+    update(item)
+    .where(item.c.key == bindparam("of"))
+    .values(state=bindparam("new_state"), gate=bindparam("by"), reason=bindparam("why"))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +117,8 @@ class Rounds:
     ) -> None:
         gate, reason = (REVIEW, "struck by a person") if is_struck else _first_objection(one, gates, context)
         state = "kept" if gate is None else "dropped"
-        values = {"state": state, "gate": gate, "reason": None if reason is None else clean(reason)}
-        self._database.write(update(item).where(item.c.key == one.key).values(values))
+        values = {"new_state": state, "by": gate, "why": None if reason is None else clean(reason), "of": one.key}
+        self._database.write(_SETTLE, values)
         if gate is not None:
             return
         for each in gates:

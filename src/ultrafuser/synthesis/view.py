@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, literal, select, tuple_
+from sqlalchemy import ColumnElement, Select, bindparam, func, literal, select, tuple_
 
 from ultrafuser.errors import DataError
 from ultrafuser.synthesis.database import Database
@@ -22,6 +22,34 @@ from ultrafuser.synthesis.schema import band, item, node
 
 _PAGE = 500
 _MAX_DEPTH = 64
+
+
+# Made once, for they are wanted for every item: making a statement takes longer than running it.
+_CANDIDATES = (
+    select(item)
+    .where(
+        item.c.key.in_(
+            select(band.c.item).where(
+                band.c.scope == bindparam("scope"), band.c.band.in_(bindparam("bands", expanding=True))
+            )
+        ),
+        item.c.state == "kept",
+    )
+    .order_by(item.c.key)
+)
+_ITEM = select(item).where(item.c.key == bindparam("of"))
+_FINISH_REASON = select(node.c.finish_reason).where(node.c.key == bindparam("of"))
+
+
+def _select_ancestors() -> Select[Any]:
+    above = select(item, literal(0).label("depth")).where(item.c.key == bindparam("of")).cte("above", recursive=True)
+    further = item.alias("further")
+    next_up = select(*further.c, above.c.depth + 1).where(further.c.key == above.c.parent, above.c.depth < _MAX_DEPTH)
+    above = above.union_all(next_up)
+    return select(above).order_by(above.c.depth.desc())
+
+
+_ANCESTORS = _select_ancestors()
 
 
 class StoreView:
@@ -45,8 +73,8 @@ class StoreView:
         Raises:
             DataError: The domain has no such item.
         """
-        rows = self._database.rows(select(item).where(item.c.key == key, item.c.domain == self._domain))
-        if not rows:
+        rows = self._database.rows(_ITEM, {"of": key})
+        if not rows or rows[0].domain != self._domain:
             raise DataError(f"domain {self._domain} has no item {key}")
         return row_to_item(rows[0])
 
@@ -91,19 +119,19 @@ class StoreBands:
     def __init__(self, database: Database, domain: str) -> None:
         self._database = database
         self._domain = domain
+        self._insert = database.insert(band).on_conflict_do_nothing()
 
     def candidates(self, scope: str, bands: Sequence[int]) -> list[Item]:
         """Kept items within a scope that share a band, in order of key."""
-        shared = select(band.c.item).where(band.c.scope == self._hash(scope), band.c.band.in_(_signed(bands)))
-        query = select(item).where(item.c.key.in_(shared), item.c.state == "kept").order_by(item.c.key)
-        return [row_to_item(row) for row in self._database.rows(query)]
+        values = {"scope": self._hash(scope), "bands": _signed(bands)}
+        return [row_to_item(row) for row in self._database.rows(_CANDIDATES, values)]
 
     def add(self, scope: str, item: Item, bands: Sequence[int]) -> None:
         """Remember an item that is kept."""
         number = self._hash(scope)
         rows = [{"scope": number, "band": one, "item": item.key} for one in sorted(set(_signed(bands)))]
         if rows:
-            self._database.write(self._database.insert(band).on_conflict_do_nothing(), rows)
+            self._database.write(self._insert, rows)
 
     def _hash(self, scope: str) -> int:
         digest = hashlib.blake2b(f"{self._domain}\0{scope}".encode(), digest_size=8).digest()
@@ -127,7 +155,7 @@ class StoreGateContext:
 
     def finish_reason(self, item: Item) -> str:
         """How the endpoint says that the answer with this item ended."""
-        rows = self._database.rows(select(node.c.finish_reason).where(node.c.key == item.node))
+        rows = self._database.rows(_FINISH_REASON, {"of": item.node})
         return str(rows[0][0])
 
 
@@ -141,7 +169,7 @@ def parent_of(database: Database, one: Item) -> Item | None:
     """The item that this one was made from."""
     if one.parent is None:
         return None
-    rows = database.rows(select(item).where(item.c.key == one.parent))
+    rows = database.rows(_ITEM, {"of": one.parent})
     return row_to_item(rows[0]) if rows else None
 
 
@@ -156,12 +184,7 @@ def ancestors(database: Database, one: Item) -> list[Item]:
     """All items above this one, the root first."""
     if one.parent is None:
         return []
-    above = select(item, literal(0).label("depth")).where(item.c.key == one.parent).cte("above", recursive=True)
-    further = item.alias("further")
-    next_up = select(*further.c, above.c.depth + 1).where(further.c.key == above.c.parent)
-    above = above.union_all(next_up.where(above.c.depth < _MAX_DEPTH))
-    rows = database.rows(select(above).order_by(above.c.depth.desc()))
-    return [row_to_item(row) for row in rows]
+    return [row_to_item(row) for row in database.rows(_ANCESTORS, {"of": one.parent})]
 
 
 def _among(column: ColumnElement[str], values: Sequence[str]) -> ColumnElement[bool]:

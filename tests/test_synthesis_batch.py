@@ -147,7 +147,7 @@ def test_running_again_without_results_writes_nothing_anew(tmp_path: Path) -> No
     assert len(list(folder_of(recipe).glob("*.jsonl"))) == 1
 
 
-def test_what_has_no_result_goes_out_anew_and_a_cut_file_is_told(tmp_path: Path) -> None:
+def test_what_has_no_result_goes_out_anew_and_a_cut_file_is_told(tmp_path: Path, capsys: Any) -> None:
     recipe = make_recipe(tmp_path, batch="files")
     with pytest.raises(SynthesisError):
         work(recipe, map(make_node, range(10)))
@@ -161,6 +161,7 @@ def test_what_has_no_result_goes_out_anew_and_a_cut_file_is_told(tmp_path: Path)
     [again] = folder_of(recipe).glob("*.jsonl")
     assert len(list(read_keys(again))) == 4
     assert (seen[0].desks[0].report.num_answers, seen[0].desks[0].report.num_cut) == (6, 1)
+    assert "6 answers, 0 refused" in capsys.readouterr().err
     assert states(recipe) == {"answered": 6, "waiting": 4}
 
 

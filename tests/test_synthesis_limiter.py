@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from synthesis_helpers import make_recipe, make_request
 from ultrafuser.synthesis.budget import Budget, Share, most
 from ultrafuser.synthesis.endpoints.limiter import LONGEST_REST_S, Bucket, Concurrency
-from ultrafuser.synthesis.endpoints.pool import REFUSED_IN_A_ROW, Pool, Ticket
+from ultrafuser.synthesis.endpoints.pool import REFUSED_AT_FIRST, REFUSED_IN_A_ROW, Pool, Ticket
 from ultrafuser.synthesis.endpoints.refusal import Refusal, RefusalKind
 from ultrafuser.synthesis.node import Answer
 from ultrafuser.synthesis.queue import Spent
@@ -306,11 +306,12 @@ def test_a_wrong_key_ends_the_run_at_once_but_not_one_that_worked_before() -> No
 
 
 def test_requests_refused_one_after_another_are_not_to_blame_themselves() -> None:
-    pool = pool_of()
-    for _ in range(REFUSED_IN_A_ROW):
-        assert pool.ends_run() is None
-        pool.end(begin(pool), refusal("request"), 0.0)
-    assert "in a row" in (pool.ends_run() or "")
+    for first, number in (([], REFUSED_AT_FIRST), ([ANSWER], REFUSED_IN_A_ROW)):
+        pool = pool_of()
+        for result in [*first, *[refusal("request")] * number]:
+            assert pool.ends_run() is None
+            pool.end(begin(pool), result, 0.0)
+        assert "in a row" in (pool.ends_run() or "")
 
 
 def test_overlong_prompts_may_follow_one_another() -> None:

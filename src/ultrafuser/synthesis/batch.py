@@ -77,13 +77,14 @@ class BatchDesk:
         writer: Writer,
         budget: Budget,
         changed: Callable[[], None],
+        tell: Callable[[str], None],
     ) -> None:
         self.client, self.config, self.recipe = client, client.config, recipe
         self.api = BatchApi(client)
         self.folder = recipe.run_folder / "batches" / client.name
         self.results = self.folder / "results"
         self._queue, self._run, self._read, self._writer, self._budget = queue, run, read, writer, budget
-        self._changed = changed
+        self._changed, self._tell = changed, tell
         self._woken, self._woken_at = asyncio.Event(), time.monotonic()
         self.settle_s, self.first_poll_s = SETTLE_S, FIRST_POLL_S
         self._poll_s = 0.0
@@ -97,15 +98,25 @@ class BatchDesk:
         self.is_done, self.stalled, self._woken_at = False, None, time.monotonic()
         self._woken.set()
 
+    def prepare(self) -> None:
+        """Clear away what a killed process was writing, and count what it has sent; before `work`.
+
+        Raises:
+            DataError: The folder cannot be written, or is damaged.
+        """
+        try:
+            self.results.mkdir(parents=True, exist_ok=True)
+            for path in (*self.folder.glob("*.part"), *self.results.glob("*.part")):
+                path.unlink()
+        except OSError as error:
+            raise DataError(f"cannot write {self.results}: {error.strerror or error}") from error
+        for path in self._open_inputs():
+            self._budget.hold(self._share(path))
+
     async def work(self) -> None:
         """Go on until cancelled, or until `error` says why not."""
         try:
             async with self.client:
-                self.results.mkdir(parents=True, exist_ok=True)
-                for path in (*self.folder.glob("*.part"), *self.results.glob("*.part")):
-                    path.unlink()  # of a process that was killed
-                for path in self._open_inputs():
-                    self._budget.hold(self._share(path))
                 while True:
                     await self._step()
         except Exception as error:
@@ -162,7 +173,7 @@ class BatchDesk:
         written, first = await self._run(write)
         for input_ in written:
             self._budget.hold(input_.share)
-        if first is not None and not written and not self._open_inputs():
+        if first is not None and not written and not self._budget.num_reserved:
             raise SynthesisError(self._budget.reached(most(first.request, self.config, is_batch=True)))
         return written
 
@@ -220,6 +231,7 @@ class BatchDesk:
         self.report.num_broken += damage.num_broken
         self.report.num_cut += damage.is_cut
         path.replace(path.with_suffix(".done"))
+        self._tell(f"{path}: {self.report.text()} so far")
         return seen
 
     async def _take_in_lines(self, lines: Sequence[ResultLine]) -> set[bytes]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ultrafuser.synthesis.endpoints.usage import cost, most_prompt_tokens
 from ultrafuser.synthesis.node import Answer, Request
@@ -36,7 +36,7 @@ class Budget:
     reserved_cost: float = 0.0
     lost_tokens: int = 0
     lost_cost: float = 0.0
-    _num_reserved: int = field(default=0)
+    num_reserved: int = 0  # shares
 
     @property
     def is_limited(self) -> bool:
@@ -60,10 +60,10 @@ class Budget:
         Args:
             may_cost: There is no answer, but it may have been charged.
         """
-        self._num_reserved -= 1
+        self.num_reserved -= 1
         self.reserved_tokens -= share.tokens
         # Sums of floats that were added and taken away again are not quite zero.
-        self.reserved_cost = self.reserved_cost - share.cost if self._num_reserved else 0.0
+        self.reserved_cost = self.reserved_cost - share.cost if self.num_reserved else 0.0
         if answer is not None:
             self.add(answer)
         elif may_cost:
@@ -79,7 +79,7 @@ class Budget:
         """Set a share aside that was sent before, left or not."""
         self.reserved_tokens += share.tokens
         self.reserved_cost += share.cost
-        self._num_reserved += 1
+        self.num_reserved += 1
 
     def left(self) -> Share | None:
         """What can still be reserved; None: there is no limit."""

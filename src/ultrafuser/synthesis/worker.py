@@ -7,9 +7,10 @@ calls as were under way.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ultrafuser.errors import SynthesisError
@@ -30,6 +31,10 @@ __all__ = ["Listener", "Read", "Recorded", "Run", "Worker"]
 LOOK_AGAIN_S = 2.0  # at the queue, where others may have put something or let go of it
 
 
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 @dataclass
 class _Line:
     """Nodes of one endpoint that are claimed and wait for a place."""
@@ -48,6 +53,7 @@ class Worker:
         read: Reads the items of an answer; raises UnreadableError.
         listener: Called in the event loop after every transaction; it must not block.
         backoff_s: The wait before a second attempt; it doubles with every further one, up to a minute.
+        tell: Told in a line what files of batch results held; default: stderr.
 
     Raises:
         ConfigError: An endpoint's address or key cannot be.
@@ -62,6 +68,7 @@ class Worker:
         listener: Listener | None = None,
         *,
         backoff_s: float = 1.0,
+        tell: Callable[[str], None] = _to_stderr,
     ) -> None:
         self.recipe, self.queue, self.read, self.backoff_s = recipe, queue, read, backoff_s
         self._run = run
@@ -79,6 +86,7 @@ class Worker:
                 self.writer,
                 self.budget,
                 changed=lambda: self._changed.set(),
+                tell=tell,
             )
             for name, config in recipe.endpoints.items()
             if config.batch != "no"
@@ -103,6 +111,8 @@ class Worker:
         """
         self.budget.set_spent(await self._run(self.queue.spent))
         async with self.pool:
+            for desk in self.desks:
+                desk.prepare()
             writing = asyncio.create_task(self.writer.write_all(self._written))
             batching = [asyncio.create_task(desk.work()) for desk in self.desks]
             for task in batching:
@@ -187,8 +197,7 @@ class Worker:
                 request = line.ready[0].node.request
                 share = most(request, self.recipe.endpoints[name])
                 if not self.budget.reserve(share):
-                    if not self._tasks and not self.writer.num_waiting:
-                        self._error = SynthesisError(self.budget.reached(share))
+                    self._error = self._error or self._end_of_budget(share)
                     break
                 tokens = likely_prompt_tokens(request) + request.max_tokens
                 ticket = self.pool.begin(name, tokens, time.monotonic())
@@ -198,6 +207,14 @@ class Worker:
                     break
                 self._start(line.ready.popleft(), ticket, share)
         return wait_s
+
+    def _end_of_budget(self, share: Share) -> SynthesisError | None:
+        """Why a share will not be left later either; None: what is under way may give some back."""
+        if self._tasks or self.writer.num_waiting:
+            return None
+        if (stalled := next((desk.stalled for desk in self.desks if desk.stalled is not None), None)) is not None:
+            return stalled
+        return None if self.budget.num_reserved else SynthesisError(self.budget.reached(share))
 
     def _start(self, claimed: Claimed, ticket: Ticket, share: Share) -> None:
         task = asyncio.create_task(self._ask(claimed, ticket, share))

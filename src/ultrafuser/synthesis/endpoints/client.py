@@ -164,9 +164,9 @@ class Client:
     ) -> Answer | Refusal:
         """What a response means."""
         is_ok = 200 <= status < 300
-        if text.lstrip()[:1] == "<" and (is_ok or status < 500):
+        if text.lstrip()[:1] == "<" and status < 500 and status not in (408, 429):
             said = f"{self.help.where} answers {status} with a page of HTML instead of JSON"
-            return Refusal("fatal" if status not in (429,) else "overloaded", f"{said}: is the address up to /v1?")
+            return Refusal("fatal", f"{said}: is the address up to /v1?")
         try:
             payload = json.loads(text)
         except (ValueError, RecursionError):

@@ -17,6 +17,7 @@ from ultrafuser.synthesis.node import Answer, Request
 from ultrafuser.synthesis.recipe import EndpointConfig
 
 REFUSED_IN_A_ROW = 10  # requests refused for themselves, without any answer between: it is not the requests
+REFUSED_AT_FIRST = 3  # the same before the first answer
 FAILED_IN_A_ROW = 3  # without any answer between: an address rests; an endpoint that did answer before is given up
 IDLE_S = 120.0  # an endpoint without a request for so long, and not at rest, was not needed
 
@@ -198,7 +199,7 @@ class Pool:
             # It understood the request, so it is there and has no load to complain of.
             concurrency.ended(place)
             endpoint.num_refused += not refusal.is_sure
-            if endpoint.num_refused >= REFUSED_IN_A_ROW:
+            if endpoint.num_refused >= (REFUSED_IN_A_ROW if endpoint.has_answered else REFUSED_AT_FIRST):
                 endpoint.fatal = (
                     f"{refusal.message} - so it said {endpoint.num_refused} times in a row: mend the recipe"
                 )

@@ -47,7 +47,24 @@ def test_too_little_memory_is_one_clear_line():
 
 def test_half_of_the_free_memory_is_for_caches(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda _: 8 * 100 * 3 * LLAMA_BYTES)
-    assert fit_slots(make_fused(), EngineOptions(max_context=100)) == (100, 4)
+    assert fit_slots(make_fused(), EngineOptions(max_context=100, pack=False, drafts=())) == (100, 4)
+
+
+def test_what_copies_of_the_weights_will_take_is_not_free(monkeypatch):
+    model = make_fused()
+    weights = sum(p.numel() for part in model.specialists.values() for p in part.parameters())
+    caches = 2 * 100 * 3 * LLAMA_BYTES
+    monkeypatch.setattr(memory, "can_pack", lambda _: True)
+
+    def slots(for_copies: float, **options: Any) -> int:
+        monkeypatch.setattr(memory, "free_bytes", lambda _: 2 * caches + 8 + int(for_copies * weights))
+        return fit_slots(model, EngineOptions(**{"max_context": 100, "drafts": (), "pack": False, **options}))[1]
+
+    assert slots(0.0) == slots(2.0, weights="half") == slots(0.0, weights="half", release_model=True) == 2
+    assert slots(1.9, weights="half") < 2
+    assert slots(0.625, drafts=("self",)) == slots(0.0, drafts=("lookup",)) == 2
+    assert slots(0.6, drafts=("self",)) < 2
+    assert slots(4.0, pack=True) == slots(0.0, pack=True, release_model=True) == 2
 
 
 def test_free_memory_is_a_plausible_number():

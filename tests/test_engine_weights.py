@@ -69,9 +69,9 @@ def test_a_packed_product_is_the_linear_layers_and_leaves_them_alone(num_in: int
 def test_exact_weights_are_packed_only_in_fp32_and_where_it_is_wanted():
     parts = make_parts(1, 16, (8,), bias=False)
     assert isinstance(make_product(parts, "exact", num_threads=1, pack=False), ExactProduct)
-    assert isinstance(make_product(parts, "exact", num_threads=1), PackedProduct) == can_pack(parts[0][0])
-    assert not can_pack(nn.Linear(16, 8).bfloat16())
-    assert not can_pack(nn.Linear(16, 8, device="meta"))
+    assert isinstance(make_product(parts, "exact", num_threads=1), PackedProduct) == can_pack(parts[0][0].weight)
+    assert not can_pack(torch.empty(16, 8, dtype=torch.bfloat16))
+    assert not can_pack(torch.empty(16, 8, device="meta"))
 
 
 @torch.no_grad()

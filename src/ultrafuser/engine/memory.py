@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
+from ultrafuser.engine.llama import is_llama_like
+from ultrafuser.engine.weights import can_pack
 from ultrafuser.errors import ModelError
 from ultrafuser.model.fused import FusedForCausalLM
 
@@ -40,7 +42,8 @@ def fit_slots(
         raise ModelError(f"the context is {options.max_context} tokens; these specialists were made for {longest}")
     context = options.max_context or min(longest or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT)
     per_slot = context * sum(_bytes_per_token(part) for part in models)
-    budget = options.cache_bytes or int(_SHARE * free_bytes(models[0].device))
+    free = free_bytes(models[0].device) - sum(_bytes_of_copies(part, options) for part in models)
+    budget = options.cache_bytes or int(_SHARE * max(free, 0))
     slots = min(options.max_choices, budget // max(per_slot, 1))
     if slots < 1:
         raise ModelError(
@@ -65,6 +68,18 @@ def free_bytes(device: torch.device) -> int:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return 8 * 2**30  # elsewhere than on Linux: a small machine's
+
+
+def _bytes_of_copies(model: PreTrainedModel, options: EngineOptions) -> int:
+    """Memory that the engine's formats of a model's weights will take, roughly: less what it gives back."""
+    first = next(model.parameters())
+    if not is_llama_like(model) or first.device.type != "cpu":
+        return 0
+    sizes = {"exact": 4.0 if options.pack and can_pack(first) else 0.0, "half": 2.0, "int8": 1.0}
+    given_back = first.element_size() if options.release_model and sizes[options.weights] else 0
+    drafts = {"auto": 0.625, "int4": 0.625, "half": 2.0, "exact": 0.0}[options.draft_weights]
+    per_weight = max(sizes[options.weights] - given_back, 0.0) + (drafts if "self" in options.drafts else 0.0)
+    return int(per_weight * sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _position_limit(model: PreTrainedModel) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ultrafuser.generation import SamplingParams
 
 _MASK = (1 << 64) - 1
+_KEPT = 10  # positions whose noise is kept: a draft and the fused model use the same, one after the other
 _FEW = 256  # a nucleus is rarely larger; then no full sort is needed
 
 
@@ -45,6 +46,7 @@ class Sampler:
         if params.logit_bias:
             self.bias = ([token for token, _ in params.logit_bias], [value for _, value in params.logit_bias])
         self._generator: torch.Generator | None = None
+        self._noises: dict[int, Tensor] = {}
 
     @property
     def takes_largest(self) -> bool:
@@ -74,10 +76,13 @@ class Sampler:
         return probs / probs.sum()
 
     def _noise(self, position: int, like: Tensor) -> Tensor:
-        if self._generator is None:
-            self._generator = torch.Generator(device=like.device)
-        self._generator.manual_seed(mix(self.seed, position))
-        return torch.empty_like(like).exponential_(generator=self._generator)
+        if position not in self._noises:
+            if self._generator is None:
+                self._generator = torch.Generator(device=like.device)
+            self._generator.manual_seed(mix(self.seed, position))
+            self._noises.pop(position - _KEPT, None)
+            self._noises[position] = torch.empty_like(like).exponential_(generator=self._generator)
+        return self._noises[position]
 
     def _penalised(self, logits: Tensor, response: Sequence[int]) -> Tensor:
         p = self.params

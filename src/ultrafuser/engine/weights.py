@@ -109,9 +109,8 @@ class PackedProduct:
         return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 
 
-def can_pack(linear: nn.Linear) -> bool:
-    """Whether `PackedProduct` is for this layer."""
-    weight = linear.weight
+def can_pack(weight: Tensor) -> bool:
+    """Whether `PackedProduct` is for such weights."""
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     plain = weight.device.type == "cpu" and weight.dtype == torch.float32
     return plain and is_x86 and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
@@ -126,7 +125,11 @@ def make_product(
 ) -> Product:
     """The product of a group's layers in the wanted format; `pack`: exact ones in a copy where that is faster."""
     if form == "exact":
-        return PackedProduct(parts) if pack and can_pack(parts[0][0]) else ExactProduct(parts, num_threads=num_threads)
+        return (
+            PackedProduct(parts)
+            if pack and can_pack(parts[0][0].weight)
+            else ExactProduct(parts, num_threads=num_threads)
+        )
     reduced: dict[str, Callable[[Sequence[Sequence[nn.Linear]]], Product]] = {
         "half": HalfProduct,
         "int8": Int8Product,

@@ -46,6 +46,15 @@ if [[ $level == dev ]]; then
         { apt-get update && apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
             echo "Chromium could not be installed: the tests of the chat page will be skipped." >&2
     fi
+    # Those of several workers on one database start a PostgreSQL of their own; the same holds for it.
+    if ! compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null && [[ -z $(type -P initdb) ]]; then
+        if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+            { apt-get update && apt-get install -y --no-install-recommends postgresql; } >/dev/null 2>&1 ||
+                echo "PostgreSQL could not be installed: its tests will be skipped." >&2
+        else
+            echo "There is no PostgreSQL (Debian: postgresql): its tests will be skipped." >&2
+        fi
+    fi
 else
     pip install --quiet --constraint constraints.txt "$torch" --editable '.[server]'
 fi

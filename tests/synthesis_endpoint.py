@@ -181,7 +181,7 @@ def _prose(rng: random.Random, num_words: int) -> str:
         sentence = f" {rng.choice(LINKS)} ".join(clauses)
         words += len(sentence.split())
         sentences.append(sentence[0].upper() + sentence[1:] + ".")
-    return " ".join(" ".join(sentences).split()[: max(num_words, 1)])
+    return " ".join(" ".join(sentences).split()[: max(num_words, 1)]).rstrip(".") + "."
 
 
 def _clause(rng: random.Random) -> str:

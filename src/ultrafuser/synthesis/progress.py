@@ -131,10 +131,13 @@ class Progress:
         """All, for a terminal."""
         from rich.table import Table
 
-        table = Table(box=None, pad_edge=False, caption=self.line(), caption_justify="left")
-        heads = ["domain", "stage", "done", "waiting", "failed", "unreadable", "kept", "dropped", "tokens", "money"]
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption=self.line(), caption_justify="left")
+        heads = ["domain", "stage", "done", "waiting", "failed", "unread", "kept", "dropped", "tokens", "money"]
         for head in heads:
-            table.add_column(head, justify="left" if head in heads[:2] else "right")
+            is_name = head in heads[:2]
+            table.add_column(
+                head, justify="left" if is_name else "right", no_wrap=True, min_width=7 if is_name else None
+            )
         before = None
         for (domain, stage), row in list(self.rows.items()):
             counts = [row.done, row.waiting, row.failed, row.unreadable, row.kept, row.dropped, row.tokens]

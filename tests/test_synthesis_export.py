@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -253,3 +254,19 @@ def test_an_instruction_without_a_topic_is_a_record_too(tmp_path: Path):
 def all_rows_of_one(folder: Path) -> dict[str, Any]:
     (path,) = (folder / "data").glob("*.jsonl")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_reading_takes_the_same_memory_for_ten_times_as_many(tmp_path: Path):
+    recipe = sample_recipe(tmp_path / "run")
+    with Store.open(recipe) as store:
+        grow(store, "text", metas=2, subs=5, instructions=25)
+        grow(store, "code", metas=2, subs=5, instructions=250)
+        peaks = []
+        for domain in ("text", "text", "code"):  # the first time is for what Python keeps
+            tracemalloc.start()
+            assert sum(1 for _ in read_synthesis(store, domain, language="en")) in (250, 2500)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+
+    assert peaks[2] < 1.5 * peaks[1]

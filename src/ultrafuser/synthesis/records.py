@@ -16,7 +16,8 @@ from sqlalchemy import select
 from ultrafuser.chat.messages import Message
 from ultrafuser.synthesis.node import Item, fraction_of
 from ultrafuser.synthesis.recipe import TOPIC_STAGES, SynthesisRecipe
-from ultrafuser.synthesis.schema import node
+from ultrafuser.synthesis.rows import row_to_item
+from ultrafuser.synthesis.schema import item, node
 from ultrafuser.synthesis.stages.base import View
 from ultrafuser.synthesis.store import Store
 
@@ -74,14 +75,42 @@ def read_synthesis(store: Store, domain: str, *, language: str) -> Iterator[Synt
         domain: Its name.
         language: Of the domain.
     """
-    view = store.view(domain)
-    has_follow_ups = view.count("follow_up_responses") > 0
-    responses = view.items("responses")
-    while batch := [view.lineage(response) for response in islice(responses, BATCH_RECORDS)]:
-        origins = _origins(store, {item.node for lineage in batch for item in lineage[-2:]})
-        for lineage in batch:
-            further = _follow_ups(view, lineage[-1]) if has_follow_ups else ()
+    responses = store.view(domain).items("responses")
+    while batch := list(islice(responses, BATCH_RECORDS)):
+        lineages = _lineages(store, batch)
+        origins = _origins(store, {one.node for lineage in lineages for one in lineage[-2:]})
+        questions = _first_children(store, [response.key for response in batch], "follow_ups")
+        answers = _first_children(store, [question.key for question in questions.values()], "follow_up_responses")
+        for lineage in lineages:
+            question = questions.get(lineage[-1].key)
+            answer = answers.get(question.key) if question is not None else None
+            further = () if question is None or answer is None else (question, answer)
             yield _record(lineage, further, origins, language)
+
+
+def _lineages(store: Store, items: Sequence[Item]) -> list[list[Item]]:
+    """Each item behind its ancestors, the root first; one query for each level, not for each item."""
+    known: dict[str, Item] = {}
+    level = {one.parent for one in items if one.parent is not None}
+    while level:
+        rows = store.database.rows(select(item).where(item.c.key.in_(level)))
+        found = [row_to_item(row) for row in rows]
+        known |= {one.key: one for one in found}
+        level = {one.parent for one in found if one.parent is not None} - known.keys()
+    lineages = []
+    for one in items:
+        lineage = [one]
+        while (parent := lineage[0].parent) is not None:
+            lineage.insert(0, known[parent])
+        lineages.append(lineage)
+    return lineages
+
+
+def _first_children(store: Store, parents: Sequence[str], stage: str) -> dict[str, Item]:
+    """By parent, the first kept item of a stage that was made from it."""
+    where = (item.c.parent.in_(parents), item.c.stage == stage, item.c.state == "kept")
+    rows = store.database.rows(select(item).where(*where).order_by(item.c.round.desc(), item.c.key.desc()))
+    return {row.parent: row_to_item(row) for row in rows}
 
 
 def _origins(store: Store, nodes: set[str]) -> dict[str, Origin]:
@@ -93,10 +122,10 @@ def _record(
     lineage: Sequence[Item], further: Sequence[Item], origins: Mapping[str, Origin], language: str
 ) -> SynthesisRecord:
     *_, instruction, response = lineage
-    topics = {item.stage: item for item in lineage if item.stage in TOPIC_STAGES}
-    names = {stage: item.text for stage, item in topics.items()}
+    topics = {one.stage: one for one in lineage if one.stage in TOPIC_STAGES}
+    names = {stage: one.text for stage, one in topics.items()}
     turns = (instruction, response, *further)
-    messages = [Message("user" if turn % 2 == 0 else "assistant", item.text) for turn, item in enumerate(turns)]
+    messages = [Message("user" if turn % 2 == 0 else "assistant", one.text) for turn, one in enumerate(turns)]
     place = topics.get("sub_topics") or topics.get("meta_topics") or lineage[0]
     return SynthesisRecord(
         id=response.key,
@@ -106,25 +135,12 @@ def _record(
         sub_topic=names.get("sub_topics"),
         fine_topic=names.get("fine_topics"),
         relation=relation_of(instruction.stage),
-        lineage=tuple(item.stage for item in lineage),
+        lineage=tuple(one.stage for one in lineage),
         instruction=origins[instruction.node],
         response=origins[response.node],
         language=language,
         unit=topic_unit(place),
     )
-
-
-def _follow_ups(view: View, response: Item) -> list[Item]:
-    """The user's next turn and its answer, and so on; the first kept one where several follow one answer."""
-    turns: list[Item] = []
-    last = response
-    while (question := next(view.items("follow_ups", parent=last.key), None)) is not None:
-        answer = next(view.items("follow_up_responses", parent=question.key), None)
-        if answer is None:
-            break
-        turns += [question, answer]
-        last = answer
-    return turns
 
 
 def topic_unit(topic: Item) -> str:

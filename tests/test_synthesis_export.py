@@ -257,16 +257,18 @@ def all_rows_of_one(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_reading_takes_the_same_memory_for_ten_times_as_many(tmp_path: Path):
+def test_reading_takes_the_same_memory_however_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ultrafuser.synthesis.view._PAGE", 50)  # so that few records are many pages
+    monkeypatch.setattr("ultrafuser.synthesis.records.BATCH_RECORDS", 20)
     recipe = sample_recipe(tmp_path / "run")
     with Store.open(recipe) as store:
-        grow(store, "text", metas=2, subs=5, instructions=25)
-        grow(store, "code", metas=2, subs=5, instructions=250)
+        grow(store, "text", metas=2, subs=5, instructions=20)
+        grow(store, "code", metas=2, subs=5, instructions=100)
         peaks = []
         for domain in ("text", "text", "code"):  # the first time is for what Python keeps
             tracemalloc.start()
-            assert sum(1 for _ in read_synthesis(store, domain, language="en")) in (250, 2500)
+            assert sum(1 for _ in read_synthesis(store, domain, language="en")) in (200, 1000)
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
 
-    assert peaks[2] < 1.5 * peaks[1]
+    assert peaks[2] < 1.3 * peaks[1]

@@ -16,7 +16,7 @@ from synthesis_endpoint import serving
 from synthesis_postgresql import programs, serving_postgresql
 from synthesis_stores import WordGate, judge_all, make_answer, make_node, make_recipe, record_answer
 from ultrafuser.errors import SynthesisError
-from ultrafuser.synthesis.pipeline import run_synthesis
+from ultrafuser.synthesis.pipeline import prepare, run_synthesis
 from ultrafuser.synthesis.queue import Failed, Finished, Postponed
 from ultrafuser.synthesis.schema import metadata
 from ultrafuser.synthesis.stages.base import ItemDraft
@@ -148,6 +148,14 @@ def test_one_worker_leads_until_it_is_gone(recipe):
             assert leader.try_to_lead()
         time.sleep(0.2)  # the server notices
         assert other.try_to_lead()
+
+
+def test_nothing_is_forgotten_under_the_hands_of_another_worker(recipe):
+    with Store.open(recipe) as leader, Store.open(recipe) as other:
+        assert leader.try_to_lead()
+
+        with pytest.raises(SynthesisError, match="another worker plans on this database: stop all workers"):
+            prepare(other, [], from_stage="meta_topics")
 
 
 @pytest.mark.slow

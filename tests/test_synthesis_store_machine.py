@@ -166,5 +166,5 @@ class StoreMachine(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-StoreMachine.TestCase.settings = settings(max_examples=12, stateful_step_count=30, deadline=None)
+StoreMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=30, deadline=None)
 TestStore = StoreMachine.TestCase

@@ -36,12 +36,17 @@ class RunLock:
             ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             holder = os.read(descriptor, 1000).decode("utf-8", "replace").strip() or "another process"
             os.close(descriptor)
             raise SynthesisError(
                 f"{self.path.with_suffix('')} is in use by {holder}: wait until it ends, or stop it; "
                 "several workers want a PostgreSQL (database: in the recipe)"
+            ) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise SynthesisError(
+                f"cannot lock {self.path}: {error.strerror or error}. Choose a folder on a disk of this machine."
             ) from None
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         os.ftruncate(descriptor, 0)

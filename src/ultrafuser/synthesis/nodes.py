@@ -21,7 +21,7 @@ from ultrafuser.synthesis.node import Answer, Node
 from ultrafuser.synthesis.queue import Claimed, Failed, Finished, Postponed, Spent
 from ultrafuser.synthesis.rows import draft_to_row, node_to_row, row_to_answer, row_to_node
 from ultrafuser.synthesis.schema import item, node, spent
-from ultrafuser.synthesis.writes import RELEASED, reason_of, state_of, write_answers, write_failed, write_postponed
+from ultrafuser.synthesis.writes import RELEASED, write_answers, write_failed, write_postponed, write_read_again
 
 LEASE_S = 120.0
 CHUNK = 500  # rows of one statement
@@ -57,7 +57,8 @@ class Nodes:
     def restrict(self, domains: Sequence[str]) -> None:
         """From now on, nodes of other domains are not there for those who ask."""
         others = select(node.c.key).where(node.c.domain.not_in(domains)).limit(1)
-        self._only = tuple(domains) if self.database.rows(others) else None
+        # Looking for domains costs a little, and in SQLite nobody else adds any.
+        self._only = tuple(domains) if not self.database.is_sqlite or self.database.rows(others) else None
 
     def plan(self, nodes: Sequence[Node]) -> Planned:
         """These nodes are wanted: what is not known waits from now on, in one transaction.
@@ -87,9 +88,7 @@ class Nodes:
     def read_again(self, finished: Sequence[Finished]) -> None:
         """Items of remembered answers, which `plan` gave: nothing was asked, so nothing was spent."""
         with self.database.transaction() as connection:
-            for one in finished:
-                values = {"planned": True, "state": state_of(one), "error": reason_of(one)}
-                connection.execute(update(node).where(node.c.key == one.node.key).values(**values))
+            write_read_again(connection, finished)
             self._insert_items(connection, finished)
 
     def claim(self, wanted: Mapping[str, int], *, now: float) -> list[Claimed]:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
-from ultrafuser.errors import ConfigError
+from ultrafuser.errors import ConfigError, SynthesisError
 from ultrafuser.synthesis.basis import check_basis, facts_of
 from ultrafuser.synthesis.counts import StageCount
 from ultrafuser.synthesis.course import POLL_S, Course, DomainPlan
@@ -100,7 +100,12 @@ def prepare(
 
     Raises:
         ConfigError: There is no such stage, or the recipe has changed in what planned stages depend on.
+        SynthesisError: Something is to be forgotten or retried while another worker plans.
     """
+    if (from_stage is not None or retry_failed) and not store.try_to_lead():
+        raise SynthesisError(
+            "another worker plans on this database: stop all workers, do this with one of them, and start the others"
+        )
     if from_stage is not None:
         if (stage := next((name for name in STAGE_ORDER if name == from_stage), None)) is None:
             raise ConfigError(f"--from {from_stage}: there is no such stage; known: {', '.join(STAGE_ORDER)}")

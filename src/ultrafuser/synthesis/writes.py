@@ -21,6 +21,7 @@ _ANSWER = _ONE.values(
     | {"attempts": node.c.attempts + 1}
     | UNCLAIMED
 )
+_READ_AGAIN = _ONE.values(planned=True, state=bindparam("new_state"), error=bindparam("why"))
 _POSTPONE = _ONE.values(
     {"attempts": node.c.attempts + bindparam("attempt"), "not_before": bindparam("until"), "error": bindparam("why")}
     | RELEASED
@@ -35,6 +36,13 @@ def write_answers(connection: Connection, finished: Sequence[Finished], *, now: 
     """Raw answers, and whether they could be read."""
     if finished:
         connection.execute(_ANSWER, [_answer_row(one, now) for one in finished])
+
+
+def write_read_again(connection: Connection, finished: Sequence[Finished]) -> None:
+    """Whether remembered answers could be read this time."""
+    if finished:
+        rows = [{"of": one.node.key, "new_state": _state(one), "why": _reason(one)} for one in finished]
+        connection.execute(_READ_AGAIN, rows)
 
 
 def write_postponed(connection: Connection, postponed: Sequence[Postponed]) -> None:
@@ -53,21 +61,19 @@ def write_failed(connection: Connection, failed: Sequence[Failed], *, now: float
         connection.execute(_FAIL, [{"of": one.key, "why": clean(one.error), "at": now} for one in failed])
 
 
-def state_of(one: Finished) -> str:
-    """The state of a node with this answer."""
+def _state(one: Finished) -> str:
     return "answered" if one.unreadable is None else "unreadable"
 
 
-def reason_of(one: Finished) -> str | None:
-    """Why nothing could be read."""
+def _reason(one: Finished) -> str | None:
     return None if one.unreadable is None else clean(one.unreadable)
 
 
 def _answer_row(one: Finished, now: float) -> dict[str, Any]:
     answer = one.answer
     values = {
-        "state": state_of(one),
-        "error": reason_of(one),
+        "state": _state(one),
+        "error": _reason(one),
         "answer": clean(answer.text),
         "finish_reason": answer.finish_reason,
         "prompt_tokens": answer.prompt_tokens,

@@ -1,4 +1,10 @@
-"""Gates: what each keeps and what it drops, for which reason."""
+"""Gates: what each keeps and what it drops, for which reason.
+
+Speed of `python benchmarks/gates.py ../shared/data/text/alpaca_claude_t45_5k.json --benchmarks ../shared/data/eval`
+on one of 2 cores that others used, too, November 25, 2026, in texts a second, instructions / answers: length 54,000 /
+28,000, truncated - / 9,500, refusals 18,500 / 9,700, language 2,200 / 900, code - / 89,000, duplicates 15,000 / -,
+near duplicates 950 / -, overlap 14,700 / 8,400. So all of 330,000 instructions take some 9 minutes, 310,000 answers 8.
+"""
 
 import gzip
 import json

@@ -8,12 +8,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ultrafuser.synthesis.domain import Domain
 from ultrafuser.synthesis.node import ChatMessage, Item, ItemState, Node, Request, content_key, fraction_of
 from ultrafuser.synthesis.parsing import FORMATS
-from ultrafuser.synthesis.recipe import StageName, SynthesisRecipe
+from ultrafuser.synthesis.recipe import ResolvedSampling, StageName, SynthesisRecipe
 from ultrafuser.synthesis.stages.base import View
 
 NONE_YET = "(none yet)"
@@ -30,6 +31,10 @@ class Asker:
     domain: Domain
     recipe: SynthesisRecipe
 
+    @cached_property
+    def _sampling(self) -> ResolvedSampling:
+        return self.recipe.sampling(self.stage)
+
     def node(
         self,
         *,
@@ -44,7 +49,7 @@ class Asker:
     ) -> Node:
         """A request at its place, to an endpoint and with a seed that the place draws."""
         place = self.place(round, parent, slot)
-        sampling = self.recipe.sampling(self.stage)
+        sampling = self._sampling
         endpoint = sampling.endpoint[int(fraction_of(place, "endpoint") * len(sampling.endpoint))]
         request = Request(
             endpoint=endpoint,

@@ -38,17 +38,12 @@ class ResponseStage:
         if round == 0:
             share = 1.01 * missing / max(1, view.count(*POOL))
             waiting = (item for item in waiting if fraction_of(item.key, "responses") < share)
+        (style,) = self.asker.ask(self.name, None)
+        system = ChatMessage(role="system", content=style.content)
         for item in islice(waiting, missing):
+            messages = (system, ChatMessage(role="user", content=item.text))
             for sample in range(self.samples):
-                yield self._request(item, round, sample)
-
-    def _request(self, item: Item, round: int, sample: int) -> Node:
-        (system,) = self.asker.ask(self.name, None)
-        messages = (
-            ChatMessage(role="system", content=system.content),
-            ChatMessage(role="user", content=item.text),
-        )
-        return self.asker.node(round=round, parent=item.key, slot=sample, messages=messages)
+                yield self.asker.node(round=round, parent=item.key, slot=sample, messages=messages)
 
     def read(self, node: Node, answer: Answer) -> list[ItemDraft]:
         """The answer's text."""

@@ -1,7 +1,6 @@
-"""A run as a process of its own, to be killed: `python synthesis_runs.py RECIPE.json NODES [WORDS]`.
+"""A run as a process of its own, to be killed: `python synthesis_runs.py RECIPE.json NODES`.
 
-Its one domain has a stage of so many requests, whose answers' first words are items, and a stage that asks once more
-about each hundredth of them.
+Its one domain has a single stage of so many requests; with 0 it is what the recipe says.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import sys
 from pathlib import Path
 
 from synthesis_stores import CountingStage, make_plan
-from ultrafuser.synthesis.pipeline import Pipeline, prepare
+from ultrafuser.synthesis.pipeline import Pipeline, plan_domains, prepare
 from ultrafuser.synthesis.recipe import SynthesisRecipe
 from ultrafuser.synthesis.store import Store
 
@@ -19,7 +18,8 @@ from ultrafuser.synthesis.store import Store
 def main(recipe_path: Path, num_nodes: int) -> None:
     """Go on with the run."""
     recipe = SynthesisRecipe.model_validate_json(recipe_path.read_text())
-    plans = [make_plan(CountingStage("meta_topics", num_nodes, num_words=1))]
+    stages = [CountingStage("meta_topics", num_nodes, num_words=1)]
+    plans = [make_plan(*stages)] if num_nodes else plan_domains(recipe)
     with Store.open(recipe) as store:
         prepare(store, plans)
         print("open", flush=True)

@@ -11,11 +11,13 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from synthesis_endpoint import serving_process
 from synthesis_stores import make_recipe
+from ultrafuser.synthesis.pipeline import run_synthesis
 
 # The numbers, at which it takes two minutes, are run by SYNTHESIS_KILL_NODES=20000.
 NUM_NODES = int(os.environ.get("SYNTHESIS_KILL_NODES", "2000"))
@@ -64,6 +66,42 @@ def test_ten_kills_lose_nothing_and_repeat_at_most_what_was_under_way(tmp_path: 
     assert calls["total"] - NUM_NODES <= CONCURRENCY * NUM_KILLS
     assert calls["most_at_once"] <= CONCURRENCY
     assert f"in all {NUM_NODES}, " in last.stdout
+
+
+@pytest.mark.slow
+def test_a_data_set_is_the_same_however_often_its_making_was_killed(tmp_path: Path):
+    rng = random.Random(7)
+    settings = {"meta_topics": 2, "sub_topics": 6, "records": 24}
+    how = {"endpoint": {"concurrency": 8}, "domains": {"cooking": {"settings": settings}}}
+    with serving_process(latency_s=0.02) as url:
+        calm, wild = (make_recipe(tmp_path / name, url=url, **how) for name in ("calm", "wild"))
+        run_synthesis(calm)
+        num_calls = calls_of(url)["answered"]
+        (tmp_path / "recipe.json").write_text(wild.model_dump_json())
+        script = Path(__file__).with_name("synthesis_runs.py")
+        command = [sys.executable, str(script), str(tmp_path / "recipe.json"), "0"]
+        for number in range(1, 5):
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "open\n"
+                until = num_calls * (1 + (number - rng.random()) / 5)
+                while process.poll() is None and calls_of(url)["answered"] < until:
+                    time.sleep(rng.random() / 50)
+                process.kill()
+        subprocess.run(command, capture_output=True, check=True)
+        assert calls_of(url)["answered"] - 2 * num_calls <= 4 * 8
+
+    columns = "key, node, parent, stage, round, text, detail, state, gate, reason, replaced_by"
+    first, second = (rows(tmp_path / name, f"SELECT {columns} FROM item ORDER BY key") for name in ("calm", "wild"))
+    assert len(first) > 60
+    assert first == second
+    rounds = [rows(tmp_path / name, "SELECT * FROM round ORDER BY domain, stage, round") for name in ("calm", "wild")]
+    assert rounds[0] == rounds[1]
+
+
+def rows(folder: Path, query: str) -> list[tuple[Any, ...]]:
+    with sqlite3.connect(folder / "nodes.sqlite") as connection:
+        return connection.execute(query).fetchall()
 
 
 def integrity(folder: Path) -> str:

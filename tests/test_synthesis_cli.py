@@ -19,6 +19,7 @@ from ultrafuser.cli.main import app
 from ultrafuser.data.records import read_records
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.synthesis.load import load_synthesis
+from ultrafuser.synthesis.pipeline import plan_domains
 from ultrafuser.synthesis.scaffold import new_domain
 
 KEY = "sk-very-secret-8c1f"
@@ -229,3 +230,12 @@ def test_the_papers_recipe_holds_the_papers_counts(monkeypatch: pytest.MonkeyPat
         "code": (21, 407, 100_000, 0.3),
         "math": (21, 80, 110_000, 0.3),
     }
+
+
+@pytest.mark.parametrize("name", ["ultrachat2", "cooking", "smollm2-cooking"])
+def test_every_recipe_that_we_ship_can_be_planned(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ULTRACHAT_URL", "http://localhost:1/v1")
+    monkeypatch.setenv("ULTRACHAT_MODEL", "any")
+    loaded = load_synthesis(Path(__file__).parent.parent / "recipes" / f"{name}.yaml")
+
+    assert [plan.name for plan in plan_domains(loaded)] == list(loaded.domains)

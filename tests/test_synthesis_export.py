@@ -181,6 +181,7 @@ def test_the_card_tells_what_is_in_it_and_nothing_secret(store: Store, recipe: S
     assert [config["config_name"] for config in header["configs"]] == ["default", "text", "code"]
     files = [file for config in header["configs"] for file in config["data_files"]]
     assert all(path.endswith(".parquet") for file in files for path in file["path"])
+    assert "Fewer than the recipe asks for: text 24 of 100,000, code 12 of 100,000." in card
     assert "| writer | big-model-2026 | apache-2.0 | 24 | 36 |" in card
     assert "| helper | small-model | cc-by-4.0 | 12 | 0 |" in card
     assert "| text | sub_topics | refusals | 2 | as an ai (2) |" in card

@@ -92,6 +92,7 @@ def _body(tallies: list[StageTally], recipe: SynthesisRecipe, summary: ExportSum
         _code("python", ["from datasets import load_dataset", "", 'data = load_dataset("path/to/this/folder")']),
         "## Records",
         _lines(_counts_table(tallies, summary)),
+        *_incomplete(summary),
         "Validation is by sub-topic: all records of a topic, and of topics of the same name, are on one side.",
     ]
     if summary.form == "messages":
@@ -108,6 +109,14 @@ def _body(tallies: list[StageTally], recipe: SynthesisRecipe, summary: ExportSum
         parts += ["## What the gates dropped", _lines(drops)]
     parts += ["## How it was made", "The recipe, without addresses, keys and database:", _recipe(recipe)]
     return parts
+
+
+def _incomplete(summary: ExportSummary) -> list[str]:
+    lacking = []
+    for name, wanted in summary.wanted.items():
+        if (there := sum(summary.splits[name, split] for split in SPLITS)) < wanted:
+            lacking.append(f"{name} {there:,} of {wanted:,}")
+    return [f"Fewer than the recipe asks for: {', '.join(lacking)}."] if lacking else []
 
 
 def _counts_table(tallies: list[StageTally], summary: ExportSummary) -> list[str]:

@@ -48,6 +48,7 @@ class ExportSummary:
         relations: Records by (domain, relation of the instruction).
         origins: Records by (endpoint, model of the answer).
         instruction_origins: The same by the model of the instruction.
+        wanted: Records that each domain is to have when it is complete.
         languages: In order of appearance.
         checksum: Over the ids of all records in order: equal exports have equal ones.
     """
@@ -59,6 +60,7 @@ class ExportSummary:
     relations: Counter[tuple[str, str]] = field(default_factory=Counter)
     origins: Counter[tuple[str, str]] = field(default_factory=Counter)
     instruction_origins: Counter[tuple[str, str]] = field(default_factory=Counter)
+    wanted: dict[str, int] = field(default_factory=dict)
     languages: list[str] = field(default_factory=list)
     checksum: str = ""
 
@@ -141,7 +143,8 @@ def _write_all(
     summary = ExportSummary(folder, form)
     split = TopicSplit(store, recipe)
     for name, config in recipe.domains.items():
-        language = load_domain(name, config).settings.language
+        settings = load_domain(name, config).settings
+        summary.wanted[name], language = settings.records, settings.language
         if language not in summary.languages:
             summary.languages.append(language)
         with ExitStack() as stack:

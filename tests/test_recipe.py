@@ -1,5 +1,6 @@
 """Recipes: the paper's defaults, overrides, paths and variables, and one clear line for each mistake."""
 
+import re
 from pathlib import Path
 from typing import Any
 

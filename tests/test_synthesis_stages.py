@@ -50,6 +50,15 @@ def test_every_topic_gets_its_part():
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
+def test_topics_without_examples_leave_their_part_to_the_others():
+    """A set so small that four topics in five have no instruction is as large as it was asked for all the same."""
+    view, _ = run_all(sub_topics=60, records=30, complicated=0.0)
+
+    pool = [view.count(stage) for stage in ("instructions", "strong", "weak")]
+    assert pool == [13, 10, 10]
+    assert view.count("responses") == 30
+
+
 def test_about_a_share_is_complicated_and_takes_the_place_of_its_original():
     view, _ = run_all()
 

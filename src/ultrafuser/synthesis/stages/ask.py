@@ -6,7 +6,7 @@ Everything that is drawn is drawn by hash of the request's place, so planning ag
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -125,10 +125,17 @@ def spread(missing: int, per_request: int, *, round: int, max_rounds: int) -> li
     return [min(per_request, missing - number * per_request) for number in range(now)]
 
 
-def quotas(view: View, target: int, *stages: StageName) -> Iterator[tuple[Item, int]]:
-    """Every kept item of these stages with its part of a target, parts differing by one at most."""
-    number = view.count(*stages)
-    for index, item in enumerate(view.items(*stages)):
+def quotas(
+    view: View, target: int, *stages: StageName, among: Collection[str] | None = None
+) -> Iterator[tuple[Item, int]]:
+    """Every kept item of these stages with its part of a target, parts differing by one at most.
+
+    Args:
+        among: Keys of the items that can have a part; None: all.
+    """
+    items = (item for item in view.items(*stages) if among is None or item.key in among)
+    number = view.count(*stages) if among is None else sum(item.key in among for item in view.items(*stages))
+    for index, item in enumerate(items):
         yield item, target * (index + 1) // number - target * index // number
 
 

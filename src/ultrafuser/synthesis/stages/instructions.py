@@ -36,15 +36,15 @@ class InstructionStage:
     asker: Asker
 
     def plan(self, view: View, round: int) -> Iterator[Node]:
-        """Requests for what each topic still lacks; a topic without examples is left out where those are needed."""
+        """Requests for what each topic still lacks; where examples are needed, topics that have some share it all."""
         there = view.count_by_parent(self.name, states=EVER_KEPT)
-        for topic, quota in quotas(view, self.target, self.topics):
+        among = view.count_by_parent("instructions", states=EVER_KEPT) if self.examples else None
+        for topic, quota in quotas(view, self.target, self.topics, among=among):
             missing = quota - there.get(topic.key, 0)
             for slot, count in enumerate(spread(missing, self.per_request, round=round, max_rounds=self.max_rounds)):
-                if (node := self._request(view, topic, count, round, slot)) is not None:
-                    yield node
+                yield self._request(view, topic, count, round, slot)
 
-    def _request(self, view: View, topic: Item, count: int, round: int, slot: int) -> Node | None:
+    def _request(self, view: View, topic: Item, count: int, round: int, slot: int) -> Node:
         place = self.asker.place(round, topic.key, slot)
         values = topic_values(view, topic)
         detail: dict[str, object] = {"count": count}
@@ -52,8 +52,6 @@ class InstructionStage:
             drawn = draw(
                 view.items("instructions", states=EVER_KEPT, parent=topic.key), self.examples, f"examples:{place}"
             )
-            if not drawn:
-                return None
             values["examples"] = numbered([item.text for item in drawn])
             detail["examples"] = [item.key for item in drawn]
         messages = self.asker.ask(

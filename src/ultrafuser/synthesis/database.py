@@ -17,6 +17,7 @@ from sqlalchemy.pool import NullPool
 from ultrafuser.errors import ConfigError, SynthesisError
 
 _CACHE_KIB = 16_384  # of pages; a constant, so memory does not grow with the database
+_LOG_PAGES = 8000  # of the write-ahead log, before it is folded in: indexes of hashes are written all over the file
 _BUSY_S = 30.0
 
 
@@ -148,5 +149,6 @@ def _parse(url: str) -> URL:
 
 
 def _set_pragmas(connection: Any, _record: Any) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", f"cache_size=-{_CACHE_KIB}", "temp_store=FILE"):
+    pragmas = ("journal_mode=WAL", "synchronous=FULL", f"cache_size=-{_CACHE_KIB}", f"wal_autocheckpoint={_LOG_PAGES}")
+    for pragma in (*pragmas, "temp_store=FILE"):
         connection.execute(f"PRAGMA {pragma}")

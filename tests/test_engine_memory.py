@@ -11,7 +11,7 @@ from engine_helpers import Heard, assert_answers, finish, greedy, make_engine, r
 from helpers import make_fused, make_mixed, make_model
 from ultrafuser.engine import memory
 from ultrafuser.engine.engine import EngineOptions
-from ultrafuser.engine.memory import fit_slots
+from ultrafuser.engine.memory import fit_slots, may_pack
 from ultrafuser.engine.slots import SlotCache, SlotView
 from ultrafuser.errors import ModelError
 
@@ -64,7 +64,18 @@ def test_what_copies_of_the_weights_will_take_is_not_free(monkeypatch):
     assert slots(1.9, weights="half") < 2
     assert slots(0.625, drafts=("self",)) == slots(0.0, drafts=("lookup",)) == 2
     assert slots(0.6, drafts=("self",)) < 2
-    assert slots(4.0, pack=True) == slots(0.0, pack=True, release_model=True) == 2
+    assert slots(4.0, pack=True) == 2  # exact weights are never given back
+    assert slots(3.9, pack=True, release_model=True) < 2
+
+
+def test_weights_are_held_twice_where_that_is_a_small_part_of_the_machines_memory(monkeypatch):
+    model = make_fused()
+    size = 4 * sum(p.numel() for part in model.specialists.values() for p in part.parameters())
+    monkeypatch.setattr(memory, "_machine_bytes", lambda name: 4 * size if name == "MemTotal" else 0)
+    assert may_pack(model, EngineOptions())
+    assert not may_pack(model, EngineOptions(), sharers=2)
+    assert may_pack(model, EngineOptions(pack=True), sharers=2)
+    assert not may_pack(model, EngineOptions(pack=False))
 
 
 def test_free_memory_is_a_plausible_number():

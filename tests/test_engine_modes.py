@@ -110,7 +110,7 @@ def test_nobody_is_left_out_unless_asked(model, expected):
 
 
 @pytest.mark.parametrize("drafts", [(), ("self",)], ids=str)
-@pytest.mark.parametrize("weights", ["exact", "half"])
+@pytest.mark.parametrize("weights", ["half", "int8"])
 def test_released_weights_are_given_back_and_answers_stay(weights, drafts):
     kept = make_engine(make_fused(), weights=weights, drafts=drafts)
     released = make_engine(model := make_fused(), weights=weights, release_model=True, drafts=drafts)
@@ -125,8 +125,9 @@ def test_released_weights_are_given_back_and_answers_stay(weights, drafts):
     assert model.specialists["text"].get_input_embeddings().weight.numel() > 0
 
 
-def test_weights_that_the_engine_shares_are_not_released():
-    engine = make_engine(model := make_fused(), pack=False, release_model=True, drafts=())
+@pytest.mark.parametrize("pack", [False, True])
+def test_weights_that_the_engine_shares_are_not_released(pack):
+    engine = make_engine(model := make_fused(), pack=pack, release_model=True, drafts=())
 
     answers = EngineGenerator(engine).generate(CONVERSATIONS, PARAMS)
 

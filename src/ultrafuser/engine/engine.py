@@ -23,7 +23,7 @@ from ultrafuser.engine.decoding import Advance, Block, decode, token_log_probs
 from ultrafuser.engine.detokenize import Detokenizer
 from ultrafuser.engine.drafting import run_ahead
 from ultrafuser.engine.drafts import PLAIN, DraftHistory, DraftKind, Lookup, Plan, Planner
-from ultrafuser.engine.memory import fit_slots
+from ultrafuser.engine.memory import fit_slots, may_pack
 from ultrafuser.engine.prefill import first_logits, first_weights, has_read_prompt, read_chunk
 from ultrafuser.engine.requests import EngineStats, GenerationRequest, Listener
 from ultrafuser.engine.runner import MARGIN, Runner, RunnerKind
@@ -47,8 +47,8 @@ class EngineOptions:
         chunk: Tokens of a prompt that are read in one round.
         runner: Specialists in a stack, one after another, or whatever is faster.
         weights: Their format; "exact" gives the model's own tokens.
-        pack: Copy exact fp32 weights on x86 to a layout that is faster for two rows and more; twice the memory unless
-            the model is released.
+        pack: Hold exact fp32 weights on x86 a second time, in a layout that is faster for two rows and more; None does
+            so where the copy takes at most a quarter of the machine's memory.
         drafts: Kinds of speculation; none to decode plainly.
         draft_weights: Format of a copy of the weights with which a specialist runs ahead, which changes no token;
             "auto" is int4 (a sixth of fp32) for Llama-like specialists on the CPU, and "exact" makes none.
@@ -65,7 +65,7 @@ class EngineOptions:
     chunk: int = 256
     runner: RunnerKind = "auto"
     weights: WeightFormat = "exact"
-    pack: bool = True
+    pack: bool | None = None
     drafts: tuple[DraftKind, ...] = ("lookup", "self")
     draft_weights: DraftWeights = "auto"
     max_draft_choices: int = 2
@@ -146,7 +146,7 @@ class Engine:
             draft_form=options.draft_weights if "self" in kinds else "exact",
             draft=draft,
             static_shapes=options.static_shapes,
-            pack=options.pack,
+            pack=may_pack(model, options),
             release=options.release_model,
         )
         self.num_slots = num_slots

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from ultrafuser.engine.drafts import DraftKind
 from ultrafuser.engine.engine import Engine, EngineOptions
 from ultrafuser.engine.runner import RunnerKind
-from ultrafuser.engine.weights import WeightFormat
+from ultrafuser.engine.weights import DraftWeights, WeightFormat
 from ultrafuser.errors import ConfigError
 from ultrafuser.model.load import LoadOptions, load_model
 
@@ -34,7 +34,12 @@ def make_options(**values: Any) -> EngineOptions:
     Raises:
         ConfigError: A runner, format or kind of draft that there is not.
     """
-    known = {"runner": get_args(RunnerKind), "weights": get_args(WeightFormat), "drafts": get_args(DraftKind)}
+    known = {
+        "runner": get_args(RunnerKind),
+        "weights": get_args(WeightFormat),
+        "drafts": get_args(DraftKind),
+        "draft_weights": get_args(DraftWeights),
+    }
     for option, choices in known.items():
         given = values.get(option, ())
         for value in (given,) if isinstance(given, str) else given:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LONGEST_BY_DEFAULT = 4096
 _SHARE = 0.5  # of free memory, for caches
+_SHARE_OF_COPIES = 0.25  # of the machine's memory, for weights in a second layout
 
 
 def fit_slots(
@@ -42,7 +43,8 @@ def fit_slots(
         raise ModelError(f"the context is {options.max_context} tokens; these specialists were made for {longest}")
     context = options.max_context or min(longest or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT)
     per_slot = context * sum(_bytes_per_token(part) for part in models)
-    free = free_bytes(models[0].device) - sum(_bytes_of_copies(part, options) for part in models)
+    packs = may_pack(model, options)
+    free = free_bytes(models[0].device) - sum(_bytes_of_copies(part, options, packs) for part in models)
     budget = options.cache_bytes or int(_SHARE * max(free, 0))
     slots = min(options.max_choices, budget // max(per_slot, 1))
     if slots < 1:
@@ -51,6 +53,22 @@ def fit_slots(
             "are there: allow a smaller context, or more memory"
         )
     return context, slots
+
+
+def may_pack(model: FusedForCausalLM, options: EngineOptions, *, sharers: int = 1) -> bool:
+    """Whether weights are held a second time: as asked for, or where that is a small part of the machine's memory.
+
+    All of its memory counts and not what is free, so that answers do not depend on what else it did at start.
+
+    Args:
+        model: The fused model.
+        options: What was asked for.
+        sharers: Processes that do the same on this machine.
+    """
+    if options.pack is not None:
+        return options.pack
+    size = 4 * sum(_num_weights(part) for part in model.specialists.values())
+    return sharers * size <= _SHARE_OF_COPIES * _machine_bytes("MemTotal")
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -62,24 +80,32 @@ def free_bytes(device: torch.device) -> int:
     """Memory that nobody uses, on a device or in the machine."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    return _machine_bytes("MemAvailable")
+
+
+def _machine_bytes(name: str) -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123  a file of the kernel
             lines = dict(line.split(":") for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        return int(lines[name].split()[0]) * 1024
     except (OSError, KeyError):
         return 8 * 2**30  # elsewhere than on Linux: a small machine's
 
 
-def _bytes_of_copies(model: PreTrainedModel, options: EngineOptions) -> int:
-    """Memory that the engine's formats of a model's weights will take, roughly: less what it gives back."""
+def _bytes_of_copies(model: PreTrainedModel, options: EngineOptions, packs: bool) -> int:
+    """Memory that the engine's formats of a model's weights will take, roughly, less what it gives back."""
     first = next(model.parameters())
     if not is_llama_like(model) or first.device.type != "cpu":
         return 0
-    sizes = {"exact": 4.0 if options.pack and can_pack(first) else 0.0, "half": 2.0, "int8": 1.0}
-    given_back = first.element_size() if options.release_model and sizes[options.weights] else 0
+    own = {"exact": 4.0 if packs and can_pack(first) else 0.0, "half": 2.0, "int8": 1.0}[options.weights]
+    if options.release_model and options.weights != "exact":
+        own = max(own - first.element_size(), 0.0)
     drafts = {"auto": 0.625, "int4": 0.625, "half": 2.0, "exact": 0.0}[options.draft_weights]
-    per_weight = max(sizes[options.weights] - given_back, 0.0) + (drafts if "self" in options.drafts else 0.0)
-    return int(per_weight * sum(parameter.numel() for parameter in model.parameters()))
+    return int((own + (drafts if "self" in options.drafts else 0.0)) * _num_weights(model))
+
+
+def _num_weights(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _position_limit(model: PreTrainedModel) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from ultrafuser.engine.engine import Engine, EngineOptions
-from ultrafuser.engine.memory import fit_slots, free_bytes
+from ultrafuser.engine.memory import fit_slots, free_bytes, may_pack
 from ultrafuser.engine.ranks import Ranks, join_ranks
 from ultrafuser.engine.runner import MARGIN, Feed, Runner
 from ultrafuser.engine.shard import LARGEST_SCORE, Question, Shard
@@ -257,7 +257,7 @@ def _make_shard(
             margin=MARGIN,
             form=options.weights,
             static_shapes=options.static_shapes,
-            pack=options.pack,
+            pack=may_pack(part, options, sharers=_ranks_per_memory(ranks.device)),
             release=options.release_model,
         )
         found = {"bytes_per_token": runner.bytes_per_token, "weight_bytes": runner.weight_bytes}

@@ -3,11 +3,11 @@
 Decoding reads every weight once for a handful of rows, so it is as fast as memory is read, if the arithmetic keeps up.
 torch's own linear layer does not: it reads with one thread when rows are few, and four rows cost it four times one.
 
-`PackedProduct` (fp32 on x86) lays weights out anew as oneDNN's kernels like them: up to six rows then cost what one
-does, and sixteen twice that. It is a copy. `ExactProduct` shares the model's weights: it cuts a product into one part
-per thread (a batched product over a view of the same weights) and puts up to four rows on the right of the weight,
-where the library has kernels for narrow matrices. All these are fixed rules and not measurements, so that a model's
-answers do not depend on what else the machine did at start.
+`ExactProduct` cuts a product into one part per thread (a batched product over a view of the model's weights) and puts
+up to four rows on the right of the weight, where the library has kernels for narrow matrices. `PackedProduct` (fp32 on
+x86) does that for one row; for more it has a copy of the weights as oneDNN's kernels like them: up to six rows then
+cost little more than one does, and sixteen a bit over twice that. All these are fixed rules and not measurements, so
+that a model's answers do not depend on what else the machine did at start.
 
 Shapes: G specialists, M rows, I inputs, O outputs.
 """
@@ -15,10 +15,12 @@ Shapes: G specialists, M rows, I inputs, O outputs.
 from __future__ import annotations
 
 import platform
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -29,7 +31,9 @@ AnyFormat = Literal["exact", "half", "int8", "int4"]
 DraftWeights = Literal["auto", "exact", "half", "int4"]
 FEW_ROWS = 16  # above that torch's own product uses all threads
 VERY_FEW_ROWS = 4  # up to that the weight stands on the left
-_PACKED_FOR = 16  # rows; the layout is the same from four on
+_PACKED_FOR = 16  # rows; the layout is the same for all that follow
+# oneDNN makes a kernel for every number of rows, which takes milliseconds and most of a megabyte: there are these only.
+_PACKED_ROWS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
 
 class Product(Protocol):
@@ -86,26 +90,35 @@ class ExactProduct:
 
 
 class PackedProduct:
-    """Weights in fp32 in the layout of oneDNN's kernels.
+    """Weights in fp32 twice: as `ExactProduct` has them for one row, and in the layout of oneDNN's kernels for more.
 
     Args:
-        parts: As for `ExactProduct`; their parameters are left alone.
+        parts: As for `ExactProduct`.
+        num_threads: As for `ExactProduct`.
     """
 
-    is_copy = True
+    is_copy = False  # the model's parameters are those for one row
 
-    def __init__(self, parts: Sequence[Sequence[nn.Linear]]) -> None:
+    def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int) -> None:
+        self.one_row = ExactProduct(parts, num_threads=num_threads)
+        self.num_bytes = self.one_row.num_bytes
         self.packed: list[tuple[Tensor, Tensor | None]] = []
-        self.num_bytes = 0
         for linears in parts:
             weight, bias = joined(linears)
             self.packed.append((torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR), bias))
-            self.num_bytes += 4 * weight.numel()
 
     def __call__(self, x: Tensor, member: int | None = None) -> Tensor:
+        num_rows = x.shape[1]
+        if num_rows == 1:
+            return self.one_row(x, member)
+        if num_rows > _PACKED_ROWS[-1]:
+            return torch.cat([self(part, member) for part in torch.split(x, _PACKED_ROWS[-1], dim=1)], dim=1)
+        more = _PACKED_ROWS[bisect_left(_PACKED_ROWS, num_rows)] - num_rows
+        if more:
+            x = F.pad(x, (0, 0, 0, more))
         packed = self.packed if member is None else self.packed[member : member + 1]
         multiply = torch.ops.mkldnn._linear_pointwise.default
-        rows = [multiply(part, w, bias, "none", [], "") for part, (w, bias) in zip(x, packed, strict=True)]
+        rows = [multiply(part, w, bias, "none", [], "")[:num_rows] for part, (w, bias) in zip(x, packed, strict=True)]
         return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 
 
@@ -125,11 +138,8 @@ def make_product(
 ) -> Product:
     """The product of a group's layers in the wanted format; `pack`: exact ones in a copy where that is faster."""
     if form == "exact":
-        return (
-            PackedProduct(parts)
-            if pack and can_pack(parts[0][0].weight)
-            else ExactProduct(parts, num_threads=num_threads)
-        )
+        exact = PackedProduct if pack and can_pack(parts[0][0].weight) else ExactProduct
+        return exact(parts, num_threads=num_threads)
     reduced: dict[str, Callable[[Sequence[Sequence[nn.Linear]]], Product]] = {
         "half": HalfProduct,
         "int8": Int8Product,

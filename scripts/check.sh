@@ -14,6 +14,10 @@ step types
 "$python" -m mypy
 [[ ${1:-} != static ]] || exit 0
 
+step "environment of vLLM"
+PYTHON=$python scripts/vllm_env.sh ||
+    echo "The environment of vLLM could not be built: the tests that need it will be skipped." >&2
+
 step tests
 "$python" -m pytest
 

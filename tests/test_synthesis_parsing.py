@@ -72,6 +72,13 @@ def test_topics_of_a_plain_list_have_a_name_and_perhaps_a_relevance():
     ]
 
 
+def test_a_topics_name_has_no_space_around_it():
+    assert read_topics('1. " Sourdough Bread "\n2. ** Jam **: sweet\n') == [
+        Topic("Sourdough Bread"),
+        Topic("Jam", "sweet"),
+    ]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -83,6 +90,7 @@ def test_topics_of_a_plain_list_have_a_name_and_perhaps_a_relevance():
         "Of course:\n\n1. Instruction: Bake a loaf.\n2. **Instruction:** Boil an egg:\nhow long?\n\nI hope this helps!",
         "- Bake a loaf.\n- Boil an egg:\nhow long?",
         "1. Instruction 1: Bake a loaf.\n\n2. Instruction 2: Boil an egg:\nhow long?",
+        "#1: Bake a loaf.\n#2: Boil an egg:\nhow long?",
     ],
 )
 def test_instructions_are_read_in_whatever_form(text: str):

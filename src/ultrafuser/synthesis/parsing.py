@@ -43,7 +43,7 @@ FORMATS: dict[str, str] = {
 _BEGINS_AS_JSON = re.compile(r"\s*(?:```\w*\s*)?[{\[]")
 _FENCE = re.compile(r"```[\w+-]*\s*\n?(.*?)(?:```|\Z)", re.DOTALL)
 _IN_LIST = re.compile(r"^\s{0,8}(?:[-*+•]|\(?\d{1,3}[.):])\s", re.MULTILINE)
-_NUMBERED = re.compile(r"^\s{0,8}\(?\d{1,3}[.):]\s+")
+_NUMBERED = re.compile(r"^\s{0,8}[(#]?\d{1,3}[.):]\s+")
 _BULLET = re.compile(r"^\s{0,8}[-*+•]\s+")
 _FIELD = re.compile(
     r"^(?:\W|\d){0,12}(?P<field>sub-?topic|meta-?topic|topic|name|title|relevance|use[ _-]?case|example use)\b"
@@ -235,7 +235,7 @@ def _blocks(text: str) -> Iterator[Topic]:
             yield Topic(**fields)
             fields = {}
         if field == "name" or "name" in fields:
-            fields[field] = _line(match["value"]).strip('"*_,')
+            fields[field] = _line(match["value"]).strip('"*_, ')
     if "name" in fields:
         yield Topic(**fields)
 
@@ -248,7 +248,7 @@ def _point_topic(point: str) -> Topic:
         if match := _FIELD.match(line[:4000]):
             fields[re.sub(r"[\s_-]", "", match["field"]).casefold()] = _line(match["value"]).strip("*_")
     if "relevance" in fields or "usecase" in fields:
-        return Topic(_line(first).strip('*_":'), fields.get("relevance", ""), fields.get("usecase", ""))
+        return Topic(_line(first).strip('*_": '), fields.get("relevance", ""), fields.get("usecase", ""))
     return _line_topic(point)
 
 
@@ -257,7 +257,7 @@ def _line_topic(line: str) -> Topic:
     name, _, relevance = line.partition(":")
     if not relevance:
         name, _, relevance = re.sub(r"\s[-–—]\s", "\n", line, count=1).partition("\n")
-    return Topic(_line(name).strip('*_"'), _line(relevance).strip('*_"'))
+    return Topic(_line(name).strip('*_" '), _line(relevance).strip('*_" '))
 
 
 def _listed(text: str) -> list[str]:

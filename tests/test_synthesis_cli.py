@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from synthesis_endpoint import Endpoint, serving
 from ultrafuser.cli.main import app
 from ultrafuser.data.records import read_records
-from ultrafuser.errors import UltrafuserError
+from ultrafuser.errors import SynthesisError, UltrafuserError
 from ultrafuser.synthesis.load import load_synthesis
 from ultrafuser.synthesis.pipeline import plan_domains
 from ultrafuser.synthesis.scaffold import new_domain
@@ -85,6 +85,14 @@ def test_from_recipe_to_data_set(recipe: Path, command: Command, tmp_path: Path)
     assert "12  records in all" in exported.stdout
     names = [path for path in (tmp_path / "set" / "data").iterdir() if path.suffix == ".jsonl"]
     assert sum(len(list(read_records(path, domain_field="domain"))) for path in names) == 12
+
+
+def test_a_run_that_keeps_nothing_says_so(recipe: Path, command: Command):
+    """Gates that no topic passes leave nothing to ask for, which is no success."""
+    gates = "domains.cooking.settings.gates.meta_topics.length={min_words: 50}"
+
+    with pytest.raises(SynthesisError, match="'cooking' has come to its end without one answer"):
+        command(recipe, "--set", gates)
 
 
 def test_a_key_is_nowhere_but_in_the_environment(recipe: Path, command: Command, tmp_path: Path):

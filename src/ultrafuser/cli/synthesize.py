@@ -78,6 +78,7 @@ def run(
             loaded, from_stage=from_stage, retry_failed=retry_failed, only=_names(only), watch=watch
         )
     print(summary.text())
+    summary.check()
 
 
 @synthesize.command()

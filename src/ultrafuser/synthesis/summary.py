@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ultrafuser.errors import SynthesisError
 from ultrafuser.synthesis.counts import StageCount
 from ultrafuser.synthesis.queue import Spent
 from ultrafuser.synthesis.recipe import StageName
@@ -40,13 +41,30 @@ class Summary:
         """Whether every domain has come to its end."""
         return not self.to_review and not self.was_stopped
 
-    def text(self) -> str:
-        """A line for each thing to know, and what to do next."""
+    @property
+    def num_kept(self) -> dict[str, int]:
+        """Answers of each domain that passed all gates."""
         kept = {count.domain: 0 for count in self.counts}
         for count in self.counts:
             if count.stage == "responses":
                 kept[count.domain] = count.items.get("kept", 0)
-        lines = [f"{domain}: {number} answers kept" for domain, number in kept.items()]
+        return kept
+
+    def check(self) -> None:
+        """Refuse a run that came to its end with nothing.
+
+        Raises:
+            SynthesisError: A domain is complete and has no answer; says where to look.
+        """
+        if self.is_complete and (empty := [domain for domain, number in self.num_kept.items() if not number]):
+            raise SynthesisError(
+                f"domain {empty[0]!r} has come to its end without one answer: `ultrafuser synthesize status` shows at "
+                "which stage all was unreadable, failed or dropped; mend that and go on with --from STAGE"
+            )
+
+    def text(self) -> str:
+        """A line for each thing to know, and what to do next."""
+        lines = [f"{domain}: {number} answers kept" for domain, number in self.num_kept.items()]
         tokens = f"{self.spent.prompt_tokens} tokens read and {self.spent.completion_tokens} written"
         lines.append(
             f"{self.num_answers} requests in {self.seconds:.1f} s; in all {self.spent.num_answers}, {tokens}, "

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from helpers import make_fused, make_mixed, make_model, make_tokenizer, make_trio, save_specialist
 from ultrafuser.errors import ConfigError, ModelError, UltrafuserError, VocabularyError
@@ -156,6 +157,29 @@ def test_a_specialist_that_is_not_in_the_files_is_named(whole: Path):
         check_folder(whole, read_config(whole))
 
     assert "no weights of specialists.poetry" in message(error)
+
+
+@pytest.mark.parametrize("lost", ["specialists.code.model.layers.1.mlp.up_proj.weight", "fusion_gate.layers.0.bias"])
+def test_a_weight_that_is_in_no_file_is_named(whole: Path, lost: str):
+    state = load_file(whole / "model.safetensors")
+    save_file({name: tensor for name, tensor in state.items() if name != lost}, whole / "model.safetensors")
+
+    with pytest.raises(ModelError) as error:
+        check_folder(whole, read_config(whole))
+
+    assert f"lacks the weight '{lost}': it is incomplete" in message(error)
+
+
+def test_a_tied_head_may_be_missing_and_so_may_what_does_not_run(tmp_path: Path):
+    tied = {name: make_model(seed=seed, tied=True) for seed, name in enumerate(("text", "code", "math"))}
+    folder = save_fused(make_fused(tied), tmp_path / "tied")
+    check_folder(folder, read_config(folder))
+    state = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in state.items() if ".code." in k}, folder / "model.safetensors")
+
+    config = read_config(folder)
+    config.solo = "code"
+    check_folder(folder, config)
 
 
 def test_weights_of_another_vocabulary_are_refused(whole: Path):

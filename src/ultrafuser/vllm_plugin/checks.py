@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ultrafuser.errors import ConfigError, ModelError, VocabularyError
 from ultrafuser.model.configuration import FusedConfig
+from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.vllm_plugin.weights import GATE, SPECIALISTS, is_per_token, needs_gate, running_names
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def check_folder(folder: Path, config: FusedConfig) -> None:
         for name, shape in shapes.items():
             if name.split(".")[1] in running_names(config):
                 _check_rows(name, shape, config, folder)
+        _check_complete(set(shapes), config, folder)
         return
     if needs_gate(config) and not (folder / GATE_FILE).is_file():
         raise ModelError(f"{folder} should hold a gate, but {GATE_FILE} is missing: the folder is incomplete")
@@ -191,6 +193,21 @@ def files_digest(folder: Path, *, dtype: torch.dtype, vocab_size: int, tied: boo
         flat = tensor.contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return digest.hexdigest()
+
+
+def _check_complete(names: set[str], config: FusedConfig, folder: Path) -> None:
+    """Compare with the weights of the model; where an architecture keeps them under other names, vLLM's loader must."""
+    with torch.device("meta"):
+        model: Any = FusedForCausalLM(config)
+    expected = set(model.state_dict())
+    missing = sorted(
+        name
+        for name in expected - names - set(model.all_tied_weights_keys)
+        if (needs_gate(config) if name.startswith(f"{GATE}.") else name.split(".")[1] in running_names(config))
+    )
+    if missing and names <= expected:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"{folder} lacks the weight {missing[0]!r}{more}: it is incomplete, fetch it again")
 
 
 def _check_digest(folder: Path, source: Mapping[str, Any], config: FusedConfig) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, pipeline
 
-from helpers import PAPER_TEMPLATES, make_fused, make_tokenizer
+from helpers import PAPER_TEMPLATES, make_fused, make_tokenizer, make_trio, save_specialist
 from ultrafuser.chat.messages import Conversation, Message
 from ultrafuser.cli.export import export
+from ultrafuser.config.load import parse_recipe
 from ultrafuser.errors import ConfigError, DataError, ModelError, TemplateError, UltrafuserError
 from ultrafuser.evaluation.losses import score_losses
 from ultrafuser.export.records import held_out_conversations
@@ -18,6 +19,7 @@ from ultrafuser.model.build import read_templates
 from ultrafuser.model.checkpoint import save_fused
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.generator import FusedGenerator
+from ultrafuser.vllm_plugin.checks import template_names
 
 QUESTIONS = ("hi", "What is two and two?", "Write a loop.", "Who was Ada?")
 
@@ -178,6 +180,15 @@ def test_a_model_without_templates_needs_no_export():
 
     with pytest.raises(ModelError, match="serve it as it is"):
         shared_template(model, make_tokenizer(), "chatml")
+
+
+def test_a_recipe_with_one_template_needs_no_export(tmp_path: Path):
+    places = {name: str(save_specialist(model, tmp_path / name)) for name, model in make_trio().items()}
+    tree = {"name": "x", "specialists": {n: {"model": place, "template": "chatml"} for n, place in places.items()}}
+
+    model = FusedForCausalLM.from_recipe(parse_recipe(tree))
+
+    assert template_names(model.config) == ["chatml"]
 
 
 def test_transformers_pipeline_answers_as_the_export_does(model_folder: Path, tmp_path: Path):

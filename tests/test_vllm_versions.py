@@ -1,9 +1,12 @@
 """The plugin runs in the vLLM it was tested with; another one is refused in one line, and only for a fused model."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from ultrafuser.errors import ConfigError
-from ultrafuser.vllm_plugin.versions import check_version
+from ultrafuser.vllm_plugin.versions import BEFORE, FIRST, check_version
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.32.2.post1"])
@@ -25,3 +28,10 @@ def test_others_are_refused_with_both_versions_and_a_way_out(version: str):
 
 def test_any_version_passes_at_ones_own_risk():
     check_version("0.99.0", unchecked=True)
+
+
+def test_the_extra_installs_the_range():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+
+    first, before = (".".join(map(str, part)) for part in (FIRST, BEFORE))
+    assert project["optional-dependencies"]["vllm"] == [f"vllm>={first},<{before}"]

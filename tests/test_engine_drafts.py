@@ -116,6 +116,19 @@ def test_a_kind_whose_guesses_agree_again_is_taken_up_again():
     assert planner.plan(1, [history], everything()).kind == "lookup"
 
 
+def test_a_new_choice_starts_from_what_was_typical_of_those_before():
+    """Otherwise each would find out anew, and pay for it, that guesses of a kind are rarely right."""
+    planner = make_planner(("lookup",), **{f"rows_{n + 1}": 1.6 for n in LENGTHS})
+    assert planner.plan(1, [planner.make_history()], everything()).kind == "lookup"
+    history = planner.make_history()
+    for _ in range(40):
+        planner.observe(history, Plan("lookup", 4), 0, 4)
+    assert planner.plan(1, [planner.make_history()], everything()) == PLAIN
+    for _ in range(200):
+        planner.observe(history, Plan("lookup", 4), 4, 4)
+    assert planner.plan(1, [planner.make_history()], everything()).kind == "lookup"
+
+
 def test_the_kind_that_promises_more_is_taken():
     planner = make_planner(("lookup", "self"), **{f"rows_{n}": 1.05 for n in range(2, 10)})
     for _ in range(2):

@@ -23,6 +23,7 @@ from ultrafuser.engine.requests import Ids
 DraftKind = Literal["self", "lookup", "model"]
 LENGTHS = (2, 3, 4, 6, 8)
 _KEEP = 0.9  # of an average at every observation: some ten blocks back
+_KEEP_TYPICAL = 0.98  # the same for what is typical of all choices
 _FIRST_RETRY, _LAST_RETRY = 16, 256  # tokens until a kind that did not pay is tried again
 _GAIN = 1.05  # what a draft must promise before it is made
 _ROW = 0.1  # of a pass of one row: what a further row costs as long as nothing is known
@@ -80,7 +81,7 @@ class _Record:
     """How guesses of one kind fared for one choice."""
 
     agreed: float = 3.0
-    tried: float = 4.0  # so a kind starts as one of which three in four agree
+    tried: float = 4.0  # so the first choice of all starts as one of which three in four agree
     retry_after: int = _FIRST_RETRY
     tokens_without: int = 0
 
@@ -88,16 +89,22 @@ class _Record:
     def rate(self) -> float:
         return min(self.agreed / self.tried, 0.99)
 
-    def observe(self, agreed: int, tried: int) -> None:
-        self.agreed = self.agreed * _KEEP + agreed
-        self.tried = self.tried * _KEEP + tried
+    def observe(self, agreed: int, tried: int, keep: float = _KEEP) -> None:
+        self.agreed = self.agreed * keep + agreed
+        self.tried = self.tried * keep + tried
 
 
 class DraftHistory:
-    """What is remembered of the drafts of one choice."""
+    """What is remembered of the drafts of one choice.
 
-    def __init__(self) -> None:
+    Args:
+        rates: Shares of guesses that agree, from which it starts.
+    """
+
+    def __init__(self, rates: Mapping[DraftKind, float] | None = None) -> None:
         self.records: dict[DraftKind, _Record] = defaultdict(_Record)
+        for kind, rate in (rates or {}).items():
+            self.records[kind] = _Record(agreed=4.0 * rate)
 
     def observe(self, plan: Plan, agreed: int, length: int) -> None:
         """A block was read: of `length` guesses the first `agreed` were right."""
@@ -174,6 +181,17 @@ class Planner:
         self.max_choices = max_choices
         self.is_read_again = is_read_again
         self.costs = Costs()
+        self._typical: dict[DraftKind, _Record] = defaultdict(_Record)
+
+    def make_history(self) -> DraftHistory:
+        """For a new choice, which starts as what was typical of those before."""
+        return DraftHistory({kind: record.rate for kind, record in self._typical.items()})
+
+    def observe(self, history: DraftHistory, plan: Plan, agreed: int, length: int) -> None:
+        """A block was read: of `length` guesses the first `agreed` were right."""
+        assert plan.kind is not None
+        history.observe(plan, agreed, length)
+        self._typical[plan.kind].observe(agreed, min(agreed + 1, length), _KEEP_TYPICAL)
 
     def plan(self, num_choices: int, histories: Sequence[DraftHistory], possible: dict[DraftKind, int]) -> Plan:
         """The block that promises the most tokens per second.

@@ -91,7 +91,7 @@ class _Memory:
     """What the engine remembers of a running choice besides the choice itself."""
 
     absences: Absences
-    history: DraftHistory = field(default_factory=DraftHistory)
+    history: DraftHistory
     lookup: Lookup | None = None
     siblings: list[Choice] = field(default_factory=list)  # choices that wait for this one to read their prompt
 
@@ -291,7 +291,7 @@ class Engine:
             for choice in (first, *siblings):
                 choice.slot = len(self._running)
                 self._running.append(choice)
-                self._memory[id(choice)] = _Memory(Absences(self.options.skip_below))
+                self._memory[id(choice)] = _Memory(Absences(self.options.skip_below), self.planner.make_history())
             first.state = State.PREFILL
             self._memory[id(first)].siblings = siblings
 
@@ -404,7 +404,7 @@ class Engine:
         if plan.kind is None or not block.drafts:
             return
         agreed = sum(a == b for a, b in zip(block.drafts, block.choice.response[-advance.num_tokens :], strict=False))
-        self._memory[id(block.choice)].history.observe(plan, agreed, len(block.drafts))
+        self.planner.observe(self._memory[id(block.choice)].history, plan, agreed, len(block.drafts))
         self._counters.drafted_tokens += len(block.drafts)
         self._counters.accepted_tokens += agreed
 

@@ -125,9 +125,11 @@ class Int4Product:
             x = F.pad(x, (0, -self.num_in % _GROUP))
         rows = []
         for part, (codes, scales, bias) in zip(x, packed, strict=True):
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(part, codes, _GROUP, scales)[:, : self.num_out].float()
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(part, codes, _GROUP, scales).float()
+            if self.num_out % _INT4_OUTPUTS:
+                y = y[:, : self.num_out]
             rows.append(y if bias is None else y + bias)
-        return torch.stack(rows) if len(rows) > 1 else rows[0][None]
+        return torch.stack(rows) if len(rows) > 1 else rows[0][None].contiguous()
 
 
 def is_int4_fast() -> bool:

@@ -120,11 +120,6 @@ class FusedForVllm(nn.Module):
         logits: Tensor = self.logits_processor(self.lm_head, hidden_states, skip_gather=True)
         return logits
 
-    def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
-        """Most likely token of each row, without gathering logits over ranks."""
-        tokens: Tensor = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
-        return tokens
-
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Deal the weights of a checkpoint to specialists and gate, then join the heads.
 

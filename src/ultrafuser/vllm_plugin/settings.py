@@ -36,7 +36,8 @@ class FusedSettings(VerifyAndUpdateConfig):  # type: ignore[misc]
         folder = Path(str(model_config.model))
         if folder.is_dir():
             check_folder(folder, config)
-            check_vocabulary(model_config.tokenizer, config)
+            if not model_config.skip_tokenizer_init:
+                check_vocabulary(model_config.tokenizer, config)
         longest = longest_context(config)
         if model_config.max_model_len > longest:
             if model_config.original_max_model_len not in (None, -1):

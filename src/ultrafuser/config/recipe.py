@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -116,6 +117,17 @@ class DataConfig(Section):
     overlap_coverage: Fraction = 0.5  # the part of a test item that a record must hold under the policy coverage
 
 
+class Stage1CacheConfig(Section):
+    """Stage 1 from hidden states on disk: one specialist in memory at a time. Ours; results are those of `off`."""
+
+    # YAML reads a bare off as false.
+    mode: Annotated[
+        Literal["off", "window", "full"], BeforeValidator(lambda mode: "off" if mode is False else mode)
+    ] = "off"  # window: files make room for those of later steps; full: all are kept, for runs to come
+    folder: Path | None = None  # None: <output>/hidden; runs that differ in gate or rates alone may share one
+    disk_gb: PositiveFloat = 20.0  # the most that the folder holds, in 10^9 bytes
+
+
 class TrainConfig(Section):
     """How the loop runs; nothing here changes what is learnt but precision."""
 
@@ -130,6 +142,7 @@ class TrainConfig(Section):
     sampler: Literal["balanced", "proportional"] = "balanced"  # balanced: Section 3.1
     threads: PositiveInt | None = None  # None: torch's own choice
     device: str | None = None  # None: a GPU if there is one
+    stage1_cache: Stage1CacheConfig = Stage1CacheConfig()
 
 
 class Recipe(Section):
@@ -162,4 +175,13 @@ class Recipe(Section):
                     f"specialists.{name}.tune.domains names {', '.join(sorted(unknown))}, but data.domains has "
                     f"{', '.join(sorted(known)) or 'none'}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_cached_stage(self) -> Self:
+        if self.train.stage1_cache.mode != "off" and self.stage1 is not None and self.stage1.train_specialists:
+            raise ValueError(
+                "train.stage1_cache keeps hidden states of frozen specialists, but stage1.train_specialists is true: "
+                "set one of them otherwise"
+            )
         return self

@@ -78,8 +78,26 @@ def build_fused(
     rows = min(int(model.get_output_embeddings().weight.shape[0]) for model in models.values())
     if reference or tokenizers:
         check_vocabularies({**reference, **tokenizers}, size=rows)
-    tokenizer = tokenizer if tokenizer is not None else next(iter(tokenizers.values()), None)
     trim_vocabulary(models)
+    return fuse_models(
+        cls, models, sources, tokenizers, templates=templates, tokenizer=tokenizer, rows=rows, seed=seed, **options
+    )
+
+
+def fuse_models(
+    cls: type[FusedForCausalLM],
+    models: Mapping[str, PreTrainedModel],
+    sources: Mapping[str, SpecialistConfig | None],
+    tokenizers: Mapping[str, Any],
+    *,
+    templates: TemplateSpecs,
+    tokenizer: Any,
+    rows: int,
+    seed: int,
+    **options: Any,
+) -> Any:
+    """Fuse models that are loaded, checked and cut to the `rows` of the vocabulary that all have."""
+    tokenizer = tokenizer if tokenizer is not None else next(iter(tokenizers.values()), None)
     chosen = resolve_templates(templates, list(models), tokenizer, tokenizers)
     config = FusedConfig(
         specialists=[{"name": name, "config": model.config} for name, model in models.items()],

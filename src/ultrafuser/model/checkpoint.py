@@ -23,6 +23,7 @@ from ultrafuser.errors import ModelError
 from ultrafuser.files import put_in_place
 from ultrafuser.model.build import assemble, build_fused, read_templates
 from ultrafuser.model.configuration import FusedConfig
+from ultrafuser.model.lean import is_lean
 from ultrafuser.model.model_card import write_model_card
 from ultrafuser.model.specialist import first_line, load_specialist, load_tokenizer, state_digest
 from ultrafuser.model.vocabulary import trim_vocabulary
@@ -60,6 +61,8 @@ def save_fused(
         ModelError: `gate_only` with a specialist that came from no folder or was trained since; or a disk that refuses.
     """
     folder = Path(folder)
+    if not gate_only and any(is_lean(specialist) for specialist in model.specialists.values()):
+        raise ModelError("only the gate and the heads of this model are in memory: save it with gate_only=True")
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -257,6 +260,8 @@ def _describe_source(model: FusedForCausalLM, part: Mapping[str, Any]) -> dict[s
             "or save the specialist first and build from its folder"
         )
     places = {key: _absolute(part[key]) for key in ("model", "adapter")}
+    if is_lean(specialist):  # not in memory, so it cannot have been trained; its digest was taken when it was read
+        return {**part, **places}
     described = {
         **part,
         **places,

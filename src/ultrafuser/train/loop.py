@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultrafuser.alignment.collate import Batch, collate, micro_batches
+from ultrafuser.alignment.collate import collate, micro_batches
 from ultrafuser.alignment.encode import EncodedRecord
 from ultrafuser.data.compose import compose
 from ultrafuser.data.dataset import truncate
@@ -68,6 +68,7 @@ class Loop:
         step = self._resume()
         if step >= self.stage.steps:
             return
+        self._begin(step)
         model = self.phase.model
         model.train()
         model.loss_chunk = self.train.loss_chunk
@@ -90,6 +91,9 @@ class Loop:
         finally:
             model.train(False)
 
+    def _begin(self, step: int) -> None:
+        """What is to be done once, before the first step that is run."""
+
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step on the batch of this step; returns its line of metrics."""
         began = time.perf_counter()
@@ -97,12 +101,12 @@ class Loop:
         records = [self._record(draw) for draw in self.sampler.batch(step)]
         num_tokens = sum(record.num_response_tokens for record in records)
         sums = Sums()
-        for batch, nll, weights in self._forward(records):
+        for piece, nll, weights in self._forward(records):
             loss = nll.sum() / num_tokens
             if self.stage.gate_entropy and len(self.phase.model.names) > 1:
                 loss = loss + self.stage.gate_entropy * (weights * weights.clamp_min(1e-9).log()).sum() / num_tokens
             loss.backward()  # type: ignore[no-untyped-call]
-            sums.add(batch, nll, weights)
+            sums.add(piece, nll, weights)
         norm = self._clip()
         if not (math.isfinite(sums.loss()) and math.isfinite(norm)):
             raise self._not_finite(step, sums, norm, records)
@@ -132,13 +136,13 @@ class Loop:
         self.phase.model.train()
         return sums.loss_per_domain()
 
-    def _forward(self, records: Sequence[EncodedRecord]) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        """Piece by piece: NLL [M] and gate weights [M, N] of the response tokens."""
+    def _forward(self, records: Sequence[EncodedRecord]) -> Iterator[tuple[list[EncodedRecord], Tensor, Tensor]]:
+        """Piece by piece: its records, NLL [M] and gate weights [M, N] of their response tokens."""
         for piece in micro_batches(records, max_columns=self.train.micro_batch_tokens):
             batch = collate(piece, pad_id=self.phase.encoder.pad_id)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.train.precision == "bf16"):
                 nll, weights, _ = self.phase.model.response_nll(**batch.tensors(self.device))
-            yield batch, nll, weights
+            yield piece, nll, weights
 
     def _record(self, draw: Draw) -> EncodedRecord:
         record = self.phase.records[draw.domain][draw.index]

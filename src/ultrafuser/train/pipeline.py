@@ -27,7 +27,11 @@ from ultrafuser.model.build import read_templates
 from ultrafuser.model.checkpoint import save_fused
 from ultrafuser.model.device import choose_device
 from ultrafuser.model.fused import FusedForCausalLM
+from ultrafuser.model.lean import SpecialistLoader, build_lean
 from ultrafuser.model.specialist import load_tokenizer
+from ultrafuser.train.hidden.fill import SpecialistsInMemory
+from ultrafuser.train.hidden.loop import CachedLoop
+from ultrafuser.train.hidden.store import check_folder
 from ultrafuser.train.loop import Loop
 from ultrafuser.train.phase import DECISIVE, Phase
 
@@ -68,13 +72,26 @@ class Trainer:
         if not (self.folder / "recipe.yaml").exists():
             (self.folder / "recipe.yaml").write_text(text, encoding="utf-8")
         specialists = {name: self.tuned_specialist(name) for name in self.recipe.specialists}
+        stages = {"stage1": self.recipe.stage1, "stage2": self.recipe.stage2}
+        gate = None
+        if self.recipe.train.stage1_cache.mode != "off" and stages["stage1"] is not None and len(specialists) > 1:
+            lean = self.run_stage1_lean(specialists, stages.pop("stage1"))  # type: ignore[arg-type]
+            if stages["stage2"] is None:
+                return self._save(lean, text, gate_only=True)
+            gate = lean.fusion_gate.state_dict()
+            del lean
         model = self.build(specialists)
-        for name, stage in (("stage1", self.recipe.stage1), ("stage2", self.recipe.stage2)):
+        if gate is not None:
+            model.fusion_gate.load_state_dict(gate)
+        for name, stage in stages.items():
             if stage is not None and (len(specialists) > 1 or stage.train_specialists):
                 self.run_stage(name, model, stage)
+        return self._save(model, text)
+
+    def _save(self, model: FusedForCausalLM, text: str, *, gate_only: bool = False) -> Path:
         # Now that no phase has refused: a recipe that does not fit this folder must not replace the one that does.
         (self.folder / "recipe.yaml").write_text(text, encoding="utf-8")
-        target = save_fused(model, self.folder / "model", tokenizer=self.tokenizer, recipe=text)
+        target = save_fused(model, self.folder / "model", tokenizer=self.tokenizer, recipe=text, gate_only=gate_only)
         logger.info("the fused model is in %s", target)
         return target
 
@@ -103,6 +120,25 @@ class Trainer:
         model.to(self.device)
         return model  # type: ignore[no-any-return]
 
+    def run_stage1_lean(self, specialists: Mapping[str, SpecialistConfig], stage: StageConfig) -> FusedForCausalLM:
+        """Train a new gate with one specialist in memory at a time; returns a model of gate and heads alone.
+
+        Raises:
+            TrainingError: The folder of hidden states cannot be written.
+        """
+        check_folder(self._hidden_folder)
+        loader = SpecialistLoader(specialists, dtype=getattr(torch, self.recipe.dtype), device=self.device)
+        lean: Any = build_lean(FusedForCausalLM, self.recipe, loader, tokenizer=self.tokenizer)
+        lean.to(self.device)
+        if self.recipe.train.precision == "bf16":
+            lean.specialists.to(torch.bfloat16)  # as autocast would in every step: heads are all that is left of them
+        self.run_stage("stage1", lean, stage, loader=loader)
+        return lean  # type: ignore[no-any-return]
+
+    @property
+    def _hidden_folder(self) -> Path:
+        return self.recipe.train.stage1_cache.folder or self.folder / "hidden"
+
     def run_stage(
         self,
         name: str,
@@ -111,35 +147,43 @@ class Trainer:
         *,
         domains: Sequence[str] | None = None,
         trained: Sequence[str] | None = None,
+        loader: SpecialistLoader | None = None,
     ) -> None:
-        """Train a model in place on some of the domains; of its specialists, train some (None: all)."""
+        """Train a model in place on some of the domains; of its specialists, train some (None: all).
+
+        With `train.stage1_cache` a stage of the gate alone runs on hidden states from disk; specialists that are not in
+        the model are taken from the `loader`.
+        """
         encoder = Encoder(self.tokenizer, read_templates(model.config))
         wanted = list(domains or self.data.domains)
         encoded = {domain: self._encode(encoder, self.dataset["train"][domain]) for domain in wanted}
         if empty := [domain for domain, records in encoded.items() if not records]:
             raise DataError(f"every record of {', '.join(empty)} is longer than max_length {self.data.max_length}")
         by_id = {domain: {record.id: record for record in self.dataset["train"][domain]} for domain in wanted}
-        Loop(
-            Phase(
-                name=name,
-                model=model,
-                encoder=encoder,
-                records=encoded,
-                sources={domain: [by_id[domain][record.id] for record in encoded[domain]] for domain in wanted},
-                validation={
-                    domain: self._encode(
-                        encoder, self.dataset["validation"][domain][: self.recipe.train.validation_records]
-                    )
-                    for domain in self.data.domains
-                },
-                stage=stage,
-                train=self.recipe.train,
-                seed=self.recipe.seed,
-                folder=self.folder / name,
-                max_length=self.data.max_length,
-                trained=frozenset(trained) if trained is not None else None,
-            )
-        ).run()
+        phase = Phase(
+            name=name,
+            model=model,
+            encoder=encoder,
+            records=encoded,
+            sources={domain: [by_id[domain][record.id] for record in encoded[domain]] for domain in wanted},
+            validation={
+                domain: self._encode(
+                    encoder, self.dataset["validation"][domain][: self.recipe.train.validation_records]
+                )
+                for domain in self.data.domains
+            },
+            stage=stage,
+            train=self.recipe.train,
+            seed=self.recipe.seed,
+            folder=self.folder / name,
+            max_length=self.data.max_length,
+            trained=frozenset(trained) if trained is not None else None,
+        )
+        cache = self.recipe.train.stage1_cache
+        if cache.mode == "off" or stage.train_specialists:
+            Loop(phase).run()
+        else:
+            CachedLoop(phase, loader or SpecialistsInMemory(model), cache, self._hidden_folder).run()
 
     def _encode(self, encoder: Encoder, records: Sequence[Record]) -> list[EncodedRecord]:
         return encode_records(

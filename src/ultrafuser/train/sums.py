@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ultrafuser.alignment.collate import Batch
+from ultrafuser.alignment.encode import EncodedRecord
 
 
 @dataclass(slots=True)
@@ -20,11 +20,11 @@ class Sums:
     tokens: dict[str, int] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, batch: Batch, nll: Float[Tensor, " M"], weights: Float[Tensor, "M N"]) -> None:
-        """Count the M response tokens of one piece."""
-        lengths = [record.num_response_tokens for record in batch.rows]
+    def add(self, records: Sequence[EncodedRecord], nll: Float[Tensor, " M"], weights: Float[Tensor, "M N"]) -> None:
+        """Count the M response tokens of some records, in their order."""
+        lengths = [record.num_response_tokens for record in records]
         pieces = torch.split(nll.detach(), lengths), torch.split(weights.detach(), lengths)
-        for record, values, rows in zip(batch.rows, *pieces, strict=True):
+        for record, values, rows in zip(records, *pieces, strict=True):
             domain = record.domain
             self.nll[domain] = self.nll.get(domain, 0.0) + float(values.sum())
             self.tokens[domain] = self.tokens.get(domain, 0) + len(values)

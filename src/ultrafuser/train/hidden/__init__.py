@@ -1,0 +1,1 @@
+"""Stage 1 from hidden states on disk: one specialist in memory at a time."""

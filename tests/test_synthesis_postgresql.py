@@ -160,7 +160,7 @@ def test_nothing_is_forgotten_under_the_hands_of_another_worker(recipe):
 
 @pytest.mark.slow
 def test_two_worker_processes_make_one_data_set(recipe, tmp_path: Path):
-    """The issue: several workers on one database server, every node exactly once; a killed one is made up for."""
+    """Several workers on one database server: every node is asked exactly once."""
     script = Path(__file__).with_name("synthesis_runs.py")
     with serving(latency_s=0.05) as endpoint:
         shared = make_recipe(tmp_path, url=endpoint.url, database=recipe.database, endpoint={"concurrency": 8})

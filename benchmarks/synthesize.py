@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from ultrafuser.files import write_text_atomically
+from ultrafuser.synthesis.asking.endpoints.client import Client
 from ultrafuser.synthesis.course import DomainPlan
-from ultrafuser.synthesis.endpoints.client import Client
 from ultrafuser.synthesis.gates.base import Gate, GateContext
 from ultrafuser.synthesis.node import Answer, ChatMessage, Item, Node, Request, content_key
 from ultrafuser.synthesis.pipeline import Pipeline, prepare
 from ultrafuser.synthesis.recipe import GateName, StageName, SynthesisRecipe
 from ultrafuser.synthesis.stages.base import ItemDraft, Stage, View
-from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.storage.store import Store
 
 ENDPOINT = Path(__file__).parents[1] / "tests" / "synthesis_endpoint.py"
 PADDING = " ".join(["Explain it step by step, with an example."] * 20)  # a prompt of usual length

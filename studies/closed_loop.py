@@ -34,10 +34,10 @@ from ultrafuser.demo.world import Item, make_items
 from ultrafuser.files import write_text_atomically
 from ultrafuser.model.generator import FusedGenerator
 from ultrafuser.model.load import LoadOptions, load_model
-from ultrafuser.synthesis.export import data_file, export
+from ultrafuser.synthesis.dataset.export import data_file, export
 from ultrafuser.synthesis.load import load_synthesis
 from ultrafuser.synthesis.pipeline import run_synthesis
-from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.storage.store import Store
 from ultrafuser.train.pipeline import Trainer
 
 POOL = 9000  # questions that the teacher knows in each domain

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ultrafuser.synthesis.asking.worker import Worker
 from ultrafuser.synthesis.node import Answer, ChatMessage, Node, Request
 from ultrafuser.synthesis.recipe import EndpointConfig, LimitsConfig, SynthesisRecipe
 from ultrafuser.synthesis.stages.base import ItemDraft
-from ultrafuser.synthesis.store import Store
-from ultrafuser.synthesis.worker import Worker
+from ultrafuser.synthesis.storage.store import Store
 
 T = TypeVar("T")
 

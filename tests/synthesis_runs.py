@@ -12,7 +12,7 @@ from pathlib import Path
 from synthesis_stores import CountingStage, make_plan
 from ultrafuser.synthesis.pipeline import Pipeline, plan_domains, prepare
 from ultrafuser.synthesis.recipe import SynthesisRecipe
-from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.storage.store import Store
 
 
 def main(recipe_path: Path, num_nodes: int) -> None:

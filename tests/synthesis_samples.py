@@ -10,9 +10,9 @@ from sqlalchemy import update
 from ultrafuser.synthesis.node import Answer, ChatMessage, ItemState, Node, Request, item_key
 from ultrafuser.synthesis.queue import Finished
 from ultrafuser.synthesis.recipe import SynthesisRecipe
-from ultrafuser.synthesis.schema import item
 from ultrafuser.synthesis.stages.base import ItemDraft
-from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.storage.schema import item
+from ultrafuser.synthesis.storage.store import Store
 
 MODELS = {"writer": "big-model-2026", "helper": "small-model"}
 

@@ -12,7 +12,7 @@ from ultrafuser.synthesis.node import Answer, ChatMessage, Item, Node, Request
 from ultrafuser.synthesis.queue import Finished
 from ultrafuser.synthesis.recipe import StageName, SynthesisRecipe
 from ultrafuser.synthesis.stages.base import ItemDraft, UnreadableError, View
-from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.storage.store import Store
 
 
 def make_recipe(folder: Path, url: str = "http://127.0.0.1:9/v1", **more: Any) -> SynthesisRecipe:

@@ -14,11 +14,11 @@ import pytest
 from synthesis_endpoint import Api, Endpoint, Reply, Script, serving
 from synthesis_helpers import make_node, make_recipe, make_request, spent, states, work
 from ultrafuser.errors import SynthesisError
-from ultrafuser.synthesis.batch_files import Damage, read_keys, read_results, write_batches
-from ultrafuser.synthesis.budget import Share
-from ultrafuser.synthesis.endpoints.client import Client
+from ultrafuser.synthesis.asking.batch_files import Damage, read_keys, read_results, write_batches
+from ultrafuser.synthesis.asking.budget import Share
+from ultrafuser.synthesis.asking.endpoints.client import Client
+from ultrafuser.synthesis.asking.worker import Worker
 from ultrafuser.synthesis.node import Node
-from ultrafuser.synthesis.worker import Worker
 
 
 @pytest.fixture

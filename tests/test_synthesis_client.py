@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from synthesis_endpoint import Endpoint, serving
 from synthesis_helpers import make_request
 from ultrafuser.errors import ConfigError
-from ultrafuser.synthesis.endpoints.client import Client
-from ultrafuser.synthesis.endpoints.refusal import LONGEST_RETRY_AFTER_S, Refusal, retry_after_s
-from ultrafuser.synthesis.endpoints.usage import check_usage, estimate_tokens, most_prompt_tokens
+from ultrafuser.synthesis.asking.endpoints.client import Client
+from ultrafuser.synthesis.asking.endpoints.refusal import LONGEST_RETRY_AFTER_S, Refusal, retry_after_s
+from ultrafuser.synthesis.asking.endpoints.usage import check_usage, estimate_tokens, most_prompt_tokens
 from ultrafuser.synthesis.node import Answer, ChatMessage, Request
 from ultrafuser.synthesis.recipe import EndpointConfig
 

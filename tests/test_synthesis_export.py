@@ -19,10 +19,10 @@ import yaml
 from synthesis_samples import Grower, grow, sample_recipe
 from ultrafuser.data.records import read_records
 from ultrafuser.errors import ConfigError, DataError
-from ultrafuser.synthesis.export import MARK, export
+from ultrafuser.synthesis.dataset.export import MARK, export
+from ultrafuser.synthesis.dataset.records import read_synthesis
 from ultrafuser.synthesis.recipe import SynthesisRecipe
-from ultrafuser.synthesis.records import read_synthesis
-from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.storage.store import Store
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_a_failed_export_leaves_the_old_one(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ultrafuser.synthesis.export.put_in_place", full)
+    monkeypatch.setattr("ultrafuser.synthesis.dataset.export.put_in_place", full)
     with pytest.raises(DataError, match="No space left on device"):
         export(store, recipe, out)
 
@@ -260,8 +260,8 @@ def all_rows_of_one(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_reading_takes_the_same_memory_however_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ultrafuser.synthesis.view._PAGE", 50)  # so that few records are many pages
-    monkeypatch.setattr("ultrafuser.synthesis.records.BATCH_RECORDS", 20)
+    monkeypatch.setattr("ultrafuser.synthesis.storage.view._PAGE", 50)  # so that few records are many pages
+    monkeypatch.setattr("ultrafuser.synthesis.dataset.records.BATCH_RECORDS", 20)
     recipe = sample_recipe(tmp_path / "run")
     with Store.open(recipe) as store:
         grow(store, "text", metas=2, subs=5, instructions=20)

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synthesis_helpers import make_recipe, make_request
-from ultrafuser.synthesis.budget import Budget, Share, most
-from ultrafuser.synthesis.endpoints.limiter import LONGEST_REST_S, Bucket, Concurrency
-from ultrafuser.synthesis.endpoints.pool import REFUSED_AT_FIRST, REFUSED_IN_A_ROW, Pool, Ticket
-from ultrafuser.synthesis.endpoints.refusal import Refusal, RefusalKind
+from ultrafuser.synthesis.asking.budget import Budget, Share, most
+from ultrafuser.synthesis.asking.endpoints.limiter import LONGEST_REST_S, Bucket, Concurrency
+from ultrafuser.synthesis.asking.endpoints.pool import REFUSED_AT_FIRST, REFUSED_IN_A_ROW, Pool, Ticket
+from ultrafuser.synthesis.asking.endpoints.refusal import Refusal, RefusalKind
 from ultrafuser.synthesis.node import Answer
 from ultrafuser.synthesis.queue import Spent
 from ultrafuser.synthesis.recipe import EndpointConfig, LimitsConfig

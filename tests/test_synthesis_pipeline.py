@@ -21,9 +21,9 @@ from ultrafuser.synthesis.course import DomainPlan
 from ultrafuser.synthesis.node import Item
 from ultrafuser.synthesis.pipeline import Pipeline, plan_domains, prepare, run_synthesis
 from ultrafuser.synthesis.recipe import SynthesisRecipe
-from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.storage.store import Store
+from ultrafuser.synthesis.storage.verdicts import Verdict
 from ultrafuser.synthesis.summary import Summary
-from ultrafuser.synthesis.verdicts import Verdict
 
 SMALL = {"meta_topics": 2, "sub_topics": 4, "records": 12, "gates": {"responses": {"truncated": None}}}
 

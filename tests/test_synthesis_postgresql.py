@@ -18,10 +18,10 @@ from synthesis_stores import WordGate, judge_all, make_answer, make_node, make_r
 from ultrafuser.errors import SynthesisError
 from ultrafuser.synthesis.pipeline import prepare, run_synthesis
 from ultrafuser.synthesis.queue import Failed, Finished, Postponed
-from ultrafuser.synthesis.schema import metadata
 from ultrafuser.synthesis.stages.base import ItemDraft
-from ultrafuser.synthesis.store import Store
-from ultrafuser.synthesis.verdicts import Verdict
+from ultrafuser.synthesis.storage.schema import metadata
+from ultrafuser.synthesis.storage.store import Store
+from ultrafuser.synthesis.storage.verdicts import Verdict
 
 pytestmark = pytest.mark.skipif(programs() is None, reason="PostgreSQL is not installed (Debian: postgresql)")
 

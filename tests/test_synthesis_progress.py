@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 
 from synthesis_helpers import make_node
-from ultrafuser.synthesis.counts import StageCount
+from ultrafuser.synthesis.asking.writer import Recorded
 from ultrafuser.synthesis.node import Answer
 from ultrafuser.synthesis.progress import LINE_S, PlainProgress, Progress, live_table
 from ultrafuser.synthesis.queue import Failed, Finished, Postponed, Spent
-from ultrafuser.synthesis.writer import Recorded
+from ultrafuser.synthesis.storage.counts import StageCount
 
 
 class Clock:

@@ -13,9 +13,8 @@ from sqlalchemy import update
 
 from synthesis_samples import Grower, grow, sample_recipe
 from ultrafuser.errors import ConfigError, DataError
-from ultrafuser.synthesis.recipe import SynthesisRecipe
-from ultrafuser.synthesis.records import read_synthesis
-from ultrafuser.synthesis.review import (
+from ultrafuser.synthesis.dataset.records import read_synthesis
+from ultrafuser.synthesis.dataset.review import (
     ItemVerdict,
     StageApproval,
     VerdictFile,
@@ -26,8 +25,9 @@ from ultrafuser.synthesis.review import (
     sample_items,
     write_review,
 )
-from ultrafuser.synthesis.schema import item
-from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.recipe import SynthesisRecipe
+from ultrafuser.synthesis.storage.schema import item
+from ultrafuser.synthesis.storage.store import Store
 
 
 @pytest.fixture

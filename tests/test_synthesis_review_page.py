@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from page_helpers import real_browser
+from ultrafuser.synthesis.dataset.review import read_verdicts
+from ultrafuser.synthesis.dataset.review_page import Section, ShownItem, render_review
 from ultrafuser.synthesis.node import Item
-from ultrafuser.synthesis.review import read_verdicts
-from ultrafuser.synthesis.review_page import Section, ShownItem, render_review
 
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> </p>&amp; '\"{{ 7*7 }}"
 

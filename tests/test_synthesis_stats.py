@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from synthesis_samples import Grower, grow, sample_recipe
 from ultrafuser.errors import DataError, ModelError
-from ultrafuser.synthesis import charts, diversity
-from ultrafuser.synthesis.diversity import Sample, find_diversity
-from ultrafuser.synthesis.measure import _quantile, token_counter
+from ultrafuser.synthesis.dataset import charts, diversity
+from ultrafuser.synthesis.dataset.diversity import Sample, find_diversity
+from ultrafuser.synthesis.dataset.measure import _quantile, token_counter
+from ultrafuser.synthesis.dataset.stats import StatsOptions, write_stats
 from ultrafuser.synthesis.recipe import SynthesisRecipe
-from ultrafuser.synthesis.stats import StatsOptions, write_stats
-from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.storage.store import Store
 
 
 @pytest.fixture

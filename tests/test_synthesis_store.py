@@ -16,10 +16,10 @@ from synthesis_stores import WordGate, judge_all, make_answer, make_node, make_r
 from ultrafuser.errors import ConfigError, DataError, SynthesisError
 from ultrafuser.synthesis.queue import Failed, Finished
 from ultrafuser.synthesis.recipe import SynthesisRecipe
-from ultrafuser.synthesis.rows import clean
 from ultrafuser.synthesis.stages.base import ItemDraft
-from ultrafuser.synthesis.store import Store
-from ultrafuser.synthesis.verdicts import Verdict
+from ultrafuser.synthesis.storage.rows import clean
+from ultrafuser.synthesis.storage.store import Store
+from ultrafuser.synthesis.storage.verdicts import Verdict
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from synthesis_stores import make_node, make_recipe
-from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.storage.store import Store
 store = Store.open(make_recipe(Path(sys.argv[1])))
 store.plan([make_node(slot) for slot in range(10)])
 store.claim({"one": 4}, now=0.0)

@@ -13,9 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from synthesis_stores import make_answer, make_node, make_recipe
 from ultrafuser.synthesis.node import Node
 from ultrafuser.synthesis.queue import Failed, Finished, Postponed
-from ultrafuser.synthesis.rounds import STAGE_ORDER
 from ultrafuser.synthesis.stages.base import ItemDraft
-from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.storage.rounds import STAGE_ORDER
+from ultrafuser.synthesis.storage.store import Store
 
 STAGES = ("meta_topics", "sub_topics")
 POOL = [make_node(slot, stage=stage, endpoint=end) for slot in range(4) for stage in STAGES for end in ("one", "two")]

@@ -15,8 +15,8 @@ from ultrafuser.synthesis.node import Item
 from ultrafuser.synthesis.queue import Finished
 from ultrafuser.synthesis.recipe import StageName
 from ultrafuser.synthesis.stages.base import ItemDraft
-from ultrafuser.synthesis.store import Store
-from ultrafuser.synthesis.view import StoreBands, StoreGateContext
+from ultrafuser.synthesis.storage.store import Store
+from ultrafuser.synthesis.storage.view import StoreBands, StoreGateContext
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import pytest
 from synthesis_endpoint import Endpoint, serving
 from synthesis_helpers import OneThread, make_node, make_recipe, read_whole, spent, states, work
 from ultrafuser.errors import SynthesisError
+from ultrafuser.synthesis.asking.worker import Recorded, Worker
 from ultrafuser.synthesis.node import Answer, Node
 from ultrafuser.synthesis.stages.base import ItemDraft, UnreadableError
-from ultrafuser.synthesis.store import Store
-from ultrafuser.synthesis.worker import Recorded, Worker
+from ultrafuser.synthesis.storage.store import Store
 
 PRICE = {"input": 1000.0, "output": 2000.0}
 
@@ -251,7 +251,7 @@ def test_another_address_takes_over_from_one_that_is_down(tmp_path: Path, endpoi
 def test_nodes_of_an_endpoint_that_is_gone_from_the_recipe_are_told(
     tmp_path: Path, endpoint: Endpoint, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("ultrafuser.synthesis.worker.LOOK_AGAIN_S", 0.05)
+    monkeypatch.setattr("ultrafuser.synthesis.asking.worker.LOOK_AGAIN_S", 0.05)
 
     with pytest.raises(SynthesisError, match="an endpoint that the recipe does not have; it has writer"):
         work(make_recipe(tmp_path, endpoint.url), [make_node(endpoint="reader")])

@@ -15,7 +15,7 @@ from ultrafuser.evaluation.run import EvaluationOptions, evaluate_models
 from ultrafuser.export.shared import save_shared, shared_template
 from ultrafuser.generation import SamplingParams
 from ultrafuser.model.generator import FusedGenerator
-from ultrafuser.synthesis.endpoints.client import Client
+from ultrafuser.synthesis.asking.endpoints.client import Client
 from ultrafuser.synthesis.node import Answer, ChatMessage, Request
 from ultrafuser.synthesis.recipe import EndpointConfig
 from vllm_helpers import SMALL, asking, install, make_servable

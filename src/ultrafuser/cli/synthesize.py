@@ -93,7 +93,7 @@ def status(
     _check_packages()
     from ultrafuser.synthesis.load import load_synthesis
     from ultrafuser.synthesis.status import status_text
-    from ultrafuser.synthesis.store import Store
+    from ultrafuser.synthesis.storage.store import Store
 
     loaded = load_synthesis(recipe, overrides)
     with Store.open(loaded, read_only=True) as store:
@@ -121,9 +121,9 @@ def review(
     Example: ultrafuser synthesize review recipes/ultrachat2.yaml --apply verdicts.json
     """
     _check_packages()
-    from ultrafuser.synthesis import review as reviewing
+    from ultrafuser.synthesis.dataset import review as reviewing
     from ultrafuser.synthesis.load import load_synthesis
-    from ultrafuser.synthesis.store import Store
+    from ultrafuser.synthesis.storage.store import Store
 
     loaded = load_synthesis(recipe, overrides)
     if apply is not None or accept_stage:
@@ -153,9 +153,9 @@ def export(
     Example: ultrafuser synthesize export recipes/ultrachat2.yaml --to data/ultrachat2
     """
     _check_packages()
-    from ultrafuser.synthesis.export import export as write
+    from ultrafuser.synthesis.dataset.export import export as write
     from ultrafuser.synthesis.load import load_synthesis
-    from ultrafuser.synthesis.store import Store
+    from ultrafuser.synthesis.storage.store import Store
 
     loaded = load_synthesis(recipe, overrides)
     with Store.open(loaded, read_only=True) as store:
@@ -184,13 +184,13 @@ def stats(
     _check_packages()
     from functools import partial
 
+    from ultrafuser.synthesis.dataset.stats import StatsOptions, write_stats
     from ultrafuser.synthesis.load import load_synthesis
-    from ultrafuser.synthesis.stats import StatsOptions, write_stats
-    from ultrafuser.synthesis.store import Store
+    from ultrafuser.synthesis.storage.store import Store
 
     options = StatsOptions(sample=sample)
     if tokenizer is not None:
-        from ultrafuser.synthesis.measure import token_counter
+        from ultrafuser.synthesis.dataset.measure import token_counter
 
         options = replace(options, count=token_counter(tokenizer), unit="tokens")
     if encoder is not None:

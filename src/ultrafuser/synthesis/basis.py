@@ -13,12 +13,12 @@ from typing import Any
 from sqlalchemy import select
 
 from ultrafuser.errors import ConfigError
-from ultrafuser.synthesis.database import Database
 from ultrafuser.synthesis.domain import Domain
 from ultrafuser.synthesis.node import content_key
 from ultrafuser.synthesis.recipe import StageName, SynthesisRecipe
-from ultrafuser.synthesis.rounds import STAGE_ORDER
-from ultrafuser.synthesis.schema import basis
+from ultrafuser.synthesis.storage.database import Database
+from ultrafuser.synthesis.storage.rounds import STAGE_ORDER
+from ultrafuser.synthesis.storage.schema import basis
 
 _HARMLESS = ("expected_tokens",)
 _BY_STAGE = ("per_request", "rounds", "gates")  # sections with a key for each stage

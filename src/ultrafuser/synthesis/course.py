@@ -16,12 +16,12 @@ from typing import Any, Protocol, TypeVar
 from ultrafuser.synthesis.basis import remember_basis
 from ultrafuser.synthesis.gates.base import Gate
 from ultrafuser.synthesis.node import Answer, Node
-from ultrafuser.synthesis.nodes import CHUNK
 from ultrafuser.synthesis.queue import Finished
 from ultrafuser.synthesis.recipe import StageName
-from ultrafuser.synthesis.rounds import Round
 from ultrafuser.synthesis.stages.base import Stage, UnreadableError
-from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.storage.nodes import CHUNK
+from ultrafuser.synthesis.storage.rounds import Round
+from ultrafuser.synthesis.storage.store import Store
 
 T = TypeVar("T")
 POLL_S = 1.0  # how soon work by other processes is noticed

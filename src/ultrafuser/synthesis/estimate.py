@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ultrafuser.synthesis.asking.endpoints.usage import BYTES_PER_TOKEN, cost
 from ultrafuser.synthesis.domain import Domain, load_domain
-from ultrafuser.synthesis.endpoints.usage import BYTES_PER_TOKEN, cost
 from ultrafuser.synthesis.queue import Spent
 from ultrafuser.synthesis.recipe import EndpointConfig, StageName, SynthesisRecipe
 from ultrafuser.synthesis.stages.build import Target, targets
@@ -206,7 +206,7 @@ def _notes(recipe: SynthesisRecipe, stages: Sequence[StageEstimate]) -> list[str
 def _measured(recipe: SynthesisRecipe) -> dict[tuple[str, str], Spent]:
     if recipe.database is None and not (recipe.run_folder / "nodes.sqlite").exists():
         return {}
-    from ultrafuser.synthesis.store import Store
+    from ultrafuser.synthesis.storage.store import Store
 
     with Store.open(recipe, read_only=True) as store:
         return {(count.domain, count.stage): count.spent for count in store.progress()}

@@ -12,21 +12,21 @@ from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from ultrafuser.errors import ConfigError, SynthesisError
+from ultrafuser.synthesis.asking.worker import Worker
+from ultrafuser.synthesis.asking.writer import Recorded
 from ultrafuser.synthesis.basis import check_basis, facts_of
-from ultrafuser.synthesis.counts import StageCount
 from ultrafuser.synthesis.course import POLL_S, Course, DomainPlan
 from ultrafuser.synthesis.domain import load_domain
 from ultrafuser.synthesis.gates.build import build_gates
 from ultrafuser.synthesis.node import Answer, Node
-from ultrafuser.synthesis.nodes import LEASE_S
 from ultrafuser.synthesis.recipe import StageName, SynthesisRecipe
-from ultrafuser.synthesis.rounds import STAGE_ORDER
 from ultrafuser.synthesis.stages.base import ItemDraft, Stage
 from ultrafuser.synthesis.stages.build import build_stages
-from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.storage.counts import StageCount
+from ultrafuser.synthesis.storage.nodes import LEASE_S
+from ultrafuser.synthesis.storage.rounds import STAGE_ORDER
+from ultrafuser.synthesis.storage.store import Store
 from ultrafuser.synthesis.summary import Summary
-from ultrafuser.synthesis.worker import Worker
-from ultrafuser.synthesis.writer import Recorded
 
 T = TypeVar("T")
 

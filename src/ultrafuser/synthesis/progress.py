@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ultrafuser.synthesis.counts import StageCount
+from ultrafuser.synthesis.asking.writer import Recorded
 from ultrafuser.synthesis.queue import Spent
-from ultrafuser.synthesis.writer import Recorded
+from ultrafuser.synthesis.storage.counts import StageCount
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,11 +7,11 @@ from collections import Counter
 
 from sqlalchemy import func, select, true
 
+from ultrafuser.synthesis.dataset.tally import tally
 from ultrafuser.synthesis.progress import Progress
 from ultrafuser.synthesis.recipe import SynthesisRecipe
-from ultrafuser.synthesis.schema import node
-from ultrafuser.synthesis.store import Store
-from ultrafuser.synthesis.tally import tally
+from ultrafuser.synthesis.storage.schema import node
+from ultrafuser.synthesis.storage.store import Store
 
 WIDTH = 120
 

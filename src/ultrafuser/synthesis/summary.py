@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ultrafuser.errors import SynthesisError
-from ultrafuser.synthesis.counts import StageCount
 from ultrafuser.synthesis.queue import Spent
 from ultrafuser.synthesis.recipe import StageName
+from ultrafuser.synthesis.storage.counts import StageCount
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,15 +16,23 @@ from pathlib import Path
 
 from ultrafuser.errors import DataError, SynthesisError
 from ultrafuser.files import read_json, write_text_atomically
-from ultrafuser.synthesis.batch_files import Damage, InputFile, ResultLine, Sent, read_keys, read_results, write_batches
-from ultrafuser.synthesis.budget import Budget, Share, most
-from ultrafuser.synthesis.endpoints.batch_api import BatchApi, NotNowError
-from ultrafuser.synthesis.endpoints.client import Client
+from ultrafuser.synthesis.asking.batch_files import (
+    Damage,
+    InputFile,
+    ResultLine,
+    Sent,
+    read_keys,
+    read_results,
+    write_batches,
+)
+from ultrafuser.synthesis.asking.budget import Budget, Share, most
+from ultrafuser.synthesis.asking.endpoints.batch_api import BatchApi, NotNowError
+from ultrafuser.synthesis.asking.endpoints.client import Client
+from ultrafuser.synthesis.asking.outcome import Outcome, Read, finish, outcome_of_refusal
+from ultrafuser.synthesis.asking.writer import Run, Writer
 from ultrafuser.synthesis.node import Answer, Node
-from ultrafuser.synthesis.outcome import Outcome, Read, finish, outcome_of_refusal
 from ultrafuser.synthesis.queue import Queue
 from ultrafuser.synthesis.recipe import SynthesisRecipe
-from ultrafuser.synthesis.writer import Run, Writer
 
 SETTLE_S = 3.0  # without new nodes: then a batch is made of those that wait
 FIRST_POLL_S, LAST_POLL_S = 5.0, 60.0

@@ -14,8 +14,8 @@ from pydantic import BaseModel
 
 from ultrafuser.errors import DataError
 from ultrafuser.files import write_text_atomically
-from ultrafuser.synthesis.budget import Share, most
-from ultrafuser.synthesis.endpoints.client import Client
+from ultrafuser.synthesis.asking.budget import Share, most
+from ultrafuser.synthesis.asking.endpoints.client import Client
 from ultrafuser.synthesis.node import Node, content_key
 
 MAX_LINES = 50_000  # of one file: OpenAI's limits

@@ -11,7 +11,7 @@ import math
 import sys
 from dataclasses import dataclass
 
-from ultrafuser.synthesis.endpoints.usage import cost, most_prompt_tokens
+from ultrafuser.synthesis.asking.endpoints.usage import cost, most_prompt_tokens
 from ultrafuser.synthesis.node import Answer, Request
 from ultrafuser.synthesis.queue import Spent
 from ultrafuser.synthesis.recipe import EndpointConfig, LimitsConfig

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ultrafuser.synthesis.endpoints.refusal import Refusal
+from ultrafuser.synthesis.asking.endpoints.refusal import Refusal
 from ultrafuser.synthesis.node import Answer, Node, fraction_of
 from ultrafuser.synthesis.queue import Claimed, Failed, Finished, Postponed
 from ultrafuser.synthesis.stages.base import ItemDraft, UnreadableError

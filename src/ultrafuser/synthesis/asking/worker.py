@@ -14,17 +14,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ultrafuser.errors import SynthesisError
-from ultrafuser.synthesis.batch import BatchDesk
-from ultrafuser.synthesis.budget import Budget, Share, most
-from ultrafuser.synthesis.endpoints.client import Client
-from ultrafuser.synthesis.endpoints.pool import Pool, Ticket
-from ultrafuser.synthesis.endpoints.refusal import Refusal
-from ultrafuser.synthesis.endpoints.usage import likely_prompt_tokens
+from ultrafuser.synthesis.asking.batch import BatchDesk
+from ultrafuser.synthesis.asking.budget import Budget, Share, most
+from ultrafuser.synthesis.asking.endpoints.client import Client
+from ultrafuser.synthesis.asking.endpoints.pool import Pool, Ticket
+from ultrafuser.synthesis.asking.endpoints.refusal import Refusal
+from ultrafuser.synthesis.asking.endpoints.usage import likely_prompt_tokens
+from ultrafuser.synthesis.asking.outcome import Outcome, Read, finish, outcome_of_refusal
+from ultrafuser.synthesis.asking.writer import Listener, Recorded, Run, Writer
 from ultrafuser.synthesis.node import Answer
-from ultrafuser.synthesis.outcome import Outcome, Read, finish, outcome_of_refusal
 from ultrafuser.synthesis.queue import Claimed, Queue
 from ultrafuser.synthesis.recipe import SynthesisRecipe
-from ultrafuser.synthesis.writer import Listener, Recorded, Run, Writer
 
 __all__ = ["Listener", "Read", "Recorded", "Run", "Worker"]
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
-from ultrafuser.synthesis.budget import Budget
+from ultrafuser.synthesis.asking.budget import Budget
+from ultrafuser.synthesis.asking.outcome import Outcome
 from ultrafuser.synthesis.node import Node
-from ultrafuser.synthesis.outcome import Outcome
 from ultrafuser.synthesis.queue import Failed, Finished, Postponed, Queue, Spent
 
 GROUP_S = 0.01  # between the beginnings of two transactions, at least

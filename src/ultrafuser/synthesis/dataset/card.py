@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ultrafuser.files import write_text_atomically
+from ultrafuser.synthesis.dataset.records import SPLITS, licence_of
+from ultrafuser.synthesis.dataset.tally import StageTally, cell, drops_table, tally
 from ultrafuser.synthesis.recipe import SynthesisRecipe
-from ultrafuser.synthesis.records import SPLITS, licence_of
-from ultrafuser.synthesis.store import Store
-from ultrafuser.synthesis.tally import StageTally, cell, drops_table, tally
+from ultrafuser.synthesis.storage.store import Store
 
 if TYPE_CHECKING:
-    from ultrafuser.synthesis.export import ExportSummary
+    from ultrafuser.synthesis.dataset.export import ExportSummary
 
 CARD = "README.md"
 PAPER = "[arXiv 2403.08281](https://arxiv.org/abs/2403.08281)"

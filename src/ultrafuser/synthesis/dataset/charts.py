@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ultrafuser.errors import DataError
-from ultrafuser.synthesis.diversity import Place
-from ultrafuser.synthesis.measure import DomainNumbers, Lengths
+from ultrafuser.synthesis.dataset.diversity import Place
+from ultrafuser.synthesis.dataset.measure import DomainNumbers, Lengths
 
 DOTS_PER_INCH = 150
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#9028f0", "#e40048", "#686c8c")  # as everywhere: `analysis.palette`

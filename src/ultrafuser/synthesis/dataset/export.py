@@ -18,11 +18,8 @@ from typing import IO, Any, Literal
 
 from ultrafuser.errors import ConfigError, DataError
 from ultrafuser.files import put_in_place, write_text_atomically
-from ultrafuser.synthesis.card import CARD, write_card
-from ultrafuser.synthesis.domain import load_domain
-from ultrafuser.synthesis.node import content_key
-from ultrafuser.synthesis.recipe import SynthesisRecipe
-from ultrafuser.synthesis.records import (
+from ultrafuser.synthesis.dataset.card import CARD, write_card
+from ultrafuser.synthesis.dataset.records import (
     Split,
     SynthesisRecord,
     TopicSplit,
@@ -30,7 +27,10 @@ from ultrafuser.synthesis.records import (
     as_ultrachat,
     read_synthesis,
 )
-from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.domain import load_domain
+from ultrafuser.synthesis.node import content_key
+from ultrafuser.synthesis.recipe import SynthesisRecipe
+from ultrafuser.synthesis.storage.store import Store
 
 FileFormat = Literal["jsonl", "parquet"]
 Form = Literal["messages", "ultrachat"]

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ultrafuser.errors import ModelError
-from ultrafuser.synthesis.records import SynthesisRecord
+from ultrafuser.synthesis.dataset.records import SynthesisRecord
 
 CountLengths = Callable[[Sequence[str]], Sequence[int]]
 BATCH_RECORDS = 500

@@ -16,10 +16,10 @@ from sqlalchemy import select
 from ultrafuser.chat.messages import Message
 from ultrafuser.synthesis.node import Item, fraction_of
 from ultrafuser.synthesis.recipe import TOPIC_STAGES, SynthesisRecipe
-from ultrafuser.synthesis.rows import row_to_item
-from ultrafuser.synthesis.schema import item, node
 from ultrafuser.synthesis.stages.base import View
-from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.storage.rows import row_to_item
+from ultrafuser.synthesis.storage.schema import item, node
+from ultrafuser.synthesis.storage.store import Store
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")

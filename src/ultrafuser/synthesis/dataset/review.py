@@ -17,13 +17,13 @@ from pydantic import BaseModel, ConfigDict
 
 from ultrafuser.errors import ConfigError, DataError
 from ultrafuser.files import read_json, write_text_atomically
+from ultrafuser.synthesis.dataset.review_page import Section, ShownItem, VerdictWord, render_review
 from ultrafuser.synthesis.node import Item, fraction_of
 from ultrafuser.synthesis.recipe import INSTRUCTION_STAGES, TOPIC_STAGES, StageName
-from ultrafuser.synthesis.review_page import Section, ShownItem, VerdictWord, render_review
-from ultrafuser.synthesis.rounds import REVIEW
 from ultrafuser.synthesis.stages.base import View
-from ultrafuser.synthesis.store import Store
-from ultrafuser.synthesis.verdicts import Verdict
+from ultrafuser.synthesis.storage.rounds import REVIEW
+from ultrafuser.synthesis.storage.store import Store
+from ultrafuser.synthesis.storage.verdicts import Verdict
 
 REVIEWED: tuple[StageName, ...] = (*TOPIC_STAGES, *INSTRUCTION_STAGES, "complicated", "evolved")
 CACHED_PARENTS = 50_000

@@ -61,4 +61,4 @@ def render_review(name: str, sections: Sequence[Section]) -> str:
 
 
 def _resource(name: str) -> str:
-    return files("ultrafuser.synthesis").joinpath(name).read_text(encoding="utf-8")
+    return files("ultrafuser.synthesis.dataset").joinpath(name).read_text(encoding="utf-8")

@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict
 
 from ultrafuser.errors import DataError
 from ultrafuser.files import write_text_atomically
-from ultrafuser.synthesis.charts import can_draw, draw_lengths, draw_map, draw_topics
-from ultrafuser.synthesis.diversity import WORDS, Diversity, Embed, Place, Sample, can_compare, find_diversity
+from ultrafuser.synthesis.dataset.charts import can_draw, draw_lengths, draw_map, draw_topics
+from ultrafuser.synthesis.dataset.diversity import WORDS, Diversity, Embed, Place, Sample, can_compare, find_diversity
+from ultrafuser.synthesis.dataset.measure import CountLengths, DomainNumbers, count_words, measure_domain
+from ultrafuser.synthesis.dataset.records import SynthesisRecord, read_synthesis
+from ultrafuser.synthesis.dataset.tally import StageTally, cell, drops_table, tally
 from ultrafuser.synthesis.domain import load_domain
-from ultrafuser.synthesis.measure import CountLengths, DomainNumbers, count_words, measure_domain
 from ultrafuser.synthesis.recipe import SynthesisRecipe
-from ultrafuser.synthesis.records import SynthesisRecord, read_synthesis
-from ultrafuser.synthesis.store import Store
-from ultrafuser.synthesis.tally import StageTally, cell, drops_table, tally
+from ultrafuser.synthesis.storage.store import Store
 
 INSTALL = "pip install 'ultrafuser[plots]'"
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 
 from ultrafuser.synthesis.recipe import StageName, SynthesisRecipe
-from ultrafuser.synthesis.schema import item
-from ultrafuser.synthesis.store import Store
+from ultrafuser.synthesis.storage.schema import item
+from ultrafuser.synthesis.storage.store import Store
 
 MOST_REASONS = 5  # of a gate that are told
 

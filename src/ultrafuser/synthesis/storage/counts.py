@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import func, select, true
 
-from ultrafuser.synthesis.database import Database
 from ultrafuser.synthesis.queue import Spent
 from ultrafuser.synthesis.recipe import StageName
-from ultrafuser.synthesis.rounds import STAGE_ORDER
-from ultrafuser.synthesis.schema import item, node, spent
+from ultrafuser.synthesis.storage.database import Database
+from ultrafuser.synthesis.storage.rounds import STAGE_ORDER
+from ultrafuser.synthesis.storage.schema import item, node, spent
 
 
 @dataclass(slots=True)

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Select, func, select, true, update
 
-from ultrafuser.synthesis.database import Database
 from ultrafuser.synthesis.node import Answer, Node
 from ultrafuser.synthesis.queue import Claimed, Failed, Finished, Postponed, Spent
-from ultrafuser.synthesis.rows import draft_to_row, node_to_row, row_to_answer, row_to_node
-from ultrafuser.synthesis.schema import item, node, spent
-from ultrafuser.synthesis.writes import RELEASED, write_answers, write_failed, write_postponed, write_read_again
+from ultrafuser.synthesis.storage.database import Database
+from ultrafuser.synthesis.storage.rows import draft_to_row, node_to_row, row_to_answer, row_to_node
+from ultrafuser.synthesis.storage.schema import item, node, spent
+from ultrafuser.synthesis.storage.writes import RELEASED, write_answers, write_failed, write_postponed, write_read_again
 
 LEASE_S = 120.0
 CHUNK = 500  # rows of one statement

@@ -13,13 +13,13 @@ from typing import get_args
 
 from sqlalchemy import ColumnElement, and_, bindparam, delete, select, true, update
 
-from ultrafuser.synthesis.database import Database
 from ultrafuser.synthesis.gates.base import Gate
 from ultrafuser.synthesis.node import Item
 from ultrafuser.synthesis.recipe import StageName
-from ultrafuser.synthesis.rows import clean, row_to_item
-from ultrafuser.synthesis.schema import band, basis, item, node, round_, verdict
-from ultrafuser.synthesis.view import StoreGateContext
+from ultrafuser.synthesis.storage.database import Database
+from ultrafuser.synthesis.storage.rows import clean, row_to_item
+from ultrafuser.synthesis.storage.schema import band, basis, item, node, round_, verdict
+from ultrafuser.synthesis.storage.view import StoreGateContext
 
 STAGE_ORDER: tuple[StageName, ...] = get_args(StageName)
 REVIEW = "review"  # the gate of what a person strikes

@@ -12,15 +12,15 @@ from typing import Self
 from sqlalchemy import func, select
 
 from ultrafuser.errors import SynthesisError
-from ultrafuser.synthesis.counts import StageCount, count_stages
-from ultrafuser.synthesis.database import Database
-from ultrafuser.synthesis.lock import RunLock
-from ultrafuser.synthesis.nodes import Nodes
 from ultrafuser.synthesis.recipe import SynthesisRecipe
-from ultrafuser.synthesis.rounds import Rounds
-from ultrafuser.synthesis.schema import SCHEMA_VERSION, meta, metadata
-from ultrafuser.synthesis.verdicts import Verdicts
-from ultrafuser.synthesis.view import StoreView
+from ultrafuser.synthesis.storage.counts import StageCount, count_stages
+from ultrafuser.synthesis.storage.database import Database
+from ultrafuser.synthesis.storage.lock import RunLock
+from ultrafuser.synthesis.storage.nodes import Nodes
+from ultrafuser.synthesis.storage.rounds import Rounds
+from ultrafuser.synthesis.storage.schema import SCHEMA_VERSION, meta, metadata
+from ultrafuser.synthesis.storage.verdicts import Verdicts
+from ultrafuser.synthesis.storage.view import StoreView
 
 _PLANNER = 0x55465332  # any number; who holds this advisory lock in PostgreSQL plans and judges
 

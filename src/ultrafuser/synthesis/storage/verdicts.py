@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from sqlalchemy import CTE, select, true, update
 
 from ultrafuser.errors import DataError
-from ultrafuser.synthesis.database import Database
 from ultrafuser.synthesis.recipe import StageName
-from ultrafuser.synthesis.rounds import REVIEW
-from ultrafuser.synthesis.rows import clean
-from ultrafuser.synthesis.schema import item, node, review, round_, verdict
+from ultrafuser.synthesis.storage.database import Database
+from ultrafuser.synthesis.storage.rounds import REVIEW
+from ultrafuser.synthesis.storage.rows import clean
+from ultrafuser.synthesis.storage.schema import item, node, review, round_, verdict
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,12 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, bindparam, func, literal, select, tuple_
 
 from ultrafuser.errors import DataError
-from ultrafuser.synthesis.database import Database
 from ultrafuser.synthesis.gates.base import Bands
 from ultrafuser.synthesis.node import Item, ItemState
 from ultrafuser.synthesis.recipe import StageName
-from ultrafuser.synthesis.rows import row_to_item
-from ultrafuser.synthesis.schema import band, item, node
+from ultrafuser.synthesis.storage.database import Database
+from ultrafuser.synthesis.storage.rows import row_to_item
+from ultrafuser.synthesis.storage.schema import band, item, node
 
 _PAGE = 500
 _MAX_DEPTH = 64

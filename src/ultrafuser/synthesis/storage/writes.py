@@ -8,8 +8,8 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, update
 
 from ultrafuser.synthesis.queue import Failed, Finished, Postponed
-from ultrafuser.synthesis.rows import clean
-from ultrafuser.synthesis.schema import node
+from ultrafuser.synthesis.storage.rows import clean
+from ultrafuser.synthesis.storage.schema import node
 
 UNCLAIMED: dict[str, Any] = {"owner": None, "lease_until": None}
 RELEASED: dict[str, Any] = {"state": "waiting", **UNCLAIMED}

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ultrafuser.errors import SynthesisError
-from ultrafuser.synthesis.endpoints.client import Client
-from ultrafuser.synthesis.endpoints.refusal import one_line
+from ultrafuser.synthesis.asking.endpoints.client import Client
+from ultrafuser.synthesis.asking.endpoints.refusal import one_line
 
 LABEL = "ultrafuser_batch"  # in a batch's metadata: the name of its input file here
 NUM_LISTED = 100  # of an account's latest batches, when one is looked for

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from ultrafuser.errors import ConfigError
-from ultrafuser.synthesis.endpoints.refusal import Help, Refusal, one_line, refusal_of_status, retry_after_s
-from ultrafuser.synthesis.endpoints.usage import check_usage, cost
+from ultrafuser.synthesis.asking.endpoints.refusal import Help, Refusal, one_line, refusal_of_status, retry_after_s
+from ultrafuser.synthesis.asking.endpoints.usage import check_usage, cost
 from ultrafuser.synthesis.node import Answer, FinishReason, Request
 from ultrafuser.synthesis.parsing import SCHEMAS
 from ultrafuser.synthesis.recipe import EndpointConfig

@@ -10,9 +10,9 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
-from ultrafuser.synthesis.endpoints.client import Client
-from ultrafuser.synthesis.endpoints.limiter import Bucket, Concurrency, Place
-from ultrafuser.synthesis.endpoints.refusal import Refusal
+from ultrafuser.synthesis.asking.endpoints.client import Client
+from ultrafuser.synthesis.asking.endpoints.limiter import Bucket, Concurrency, Place
+from ultrafuser.synthesis.asking.endpoints.refusal import Refusal
 from ultrafuser.synthesis.node import Answer, Request
 from ultrafuser.synthesis.recipe import EndpointConfig
 

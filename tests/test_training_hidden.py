@@ -1,5 +1,6 @@
 """Stage 1 from hidden states on disk learns what live training learns, with one specialist in memory."""
 
+import gc
 import json
 import logging
 import signal
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaModel
 
 from training_helpers import (
     DOMAINS,
@@ -24,14 +25,18 @@ from training_helpers import (
     untimed_metrics,
     write_ingredients,
 )
+from ultrafuser.config.load import load_recipe
 from ultrafuser.config.recipe import Stage1CacheConfig
-from ultrafuser.errors import ConfigError, TrainingError
+from ultrafuser.errors import ConfigError, ModelError, TrainingError
+from ultrafuser.model.checkpoint import save_fused
 from ultrafuser.model.fused import FusedForCausalLM
+from ultrafuser.model.lean import SpecialistLoader
 from ultrafuser.train.hidden import fill
 from ultrafuser.train.hidden.fill import SpecialistsInMemory
 from ultrafuser.train.hidden.loop import CachedLoop
 from ultrafuser.train.loop import Loop
 from ultrafuser.train.phase import Phase
+from ultrafuser.train.pipeline import Trainer
 
 STAGE = {"steps": 6, "composed_share": 0.25}
 
@@ -401,3 +406,48 @@ def test_a_cache_for_a_stage_that_trains_specialists_is_refused(server: Training
 
     assert code == 1
     assert "stage1.train_specialists is true" in " ".join(said.split())
+
+
+def test_no_two_backbones_are_ever_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Counted whenever a specialist was loaded, which is when most are there."""
+    recipe = load_recipe(write_ingredients(tmp_path), [*CACHE, "stage2=null"])
+    gc.collect()
+    before = {id(thing) for thing in gc.get_objects() if isinstance(thing, LlamaModel)}
+    counts = []
+    load = SpecialistLoader.load
+
+    def counted(self: SpecialistLoader, name: str) -> Any:
+        specialist = load(self, name)
+        there = [thing for thing in gc.get_objects() if isinstance(thing, LlamaModel) and id(thing) not in before]
+        counts.append(sum(next(backbone.parameters()).device.type != "meta" for backbone in there))
+        return specialist
+
+    monkeypatch.setattr(SpecialistLoader, "load", counted)
+
+    Trainer(recipe).run()
+
+    assert counts == [1] * 4  # for its head, and for its hidden states
+
+
+def test_weights_replaced_during_a_run_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = load_recipe(write_ingredients(tmp_path), CACHE)
+    begin = CachedLoop._begin
+
+    def replaced(self: CachedLoop, step: int) -> None:
+        make_specialist(9).save_pretrained(tmp_path / "code-base")
+        begin(self, step)
+
+    monkeypatch.setattr(CachedLoop, "_begin", replaced)
+
+    with pytest.raises(ModelError, match=r"'code' in .*code-base were replaced during the run"):
+        Trainer(recipe).run()
+
+
+def test_a_model_without_backbones_is_not_saved_as_if_whole(tmp_path: Path):
+    recipe = load_recipe(write_ingredients(tmp_path), [*CACHE, "stage1.steps=1"])
+    trainer = Trainer(recipe)
+    assert recipe.stage1 is not None
+    lean = trainer.run_stage1_lean(recipe.specialists, recipe.stage1)
+
+    with pytest.raises(ModelError, match="gate_only=True"):
+        save_fused(lean, tmp_path / "model")

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from ultrafuser.errors import ModelError
+from ultrafuser.model.loss import LinearHead
 
 # A plain dictionary, since torch.compile cannot trace `lru_cache`.
 _TAKES_POSITION_IDS: dict[type, bool] = {}
@@ -74,6 +75,18 @@ def head_logits(specialist: PreTrainedModel, hidden: Float[Tensor, "*rows H"]) -
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+def linear_head(specialist: PreTrainedModel) -> LinearHead | None:
+    """The head as tensors, where it is one linear layer and nothing else; None where calling it does more than that."""
+    layer: Any = specialist.get_output_embeddings()
+    config = specialist.config.get_text_config()
+    # Adapters and quantised layers are of other classes; offloading replaces the forward, others hang hooks to it.
+    changed = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
+    if type(layer) is not nn.Linear or changed or getattr(config, "final_logit_softcapping", None):
+        return None
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return LinearHead(layer.weight, layer.bias, scale)
 
 
 @torch.no_grad()

@@ -20,14 +20,14 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTraine
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ultrafuser.errors import ModelError
-from ultrafuser.model.backbone import head_logits, last_hidden_state
+from ultrafuser.model.backbone import head_logits, last_hidden_state, linear_head
 from ultrafuser.model.cache import FusedCache
 from ultrafuser.model.columns import previous_visible, response_columns, response_starts, visible_positions
 from ultrafuser.model.configuration import FusedConfig
 from ultrafuser.model.decoding import FusedDecoding
 from ultrafuser.model.fusion import fuse_logits, gate_weights, hold_scores, perplexity_scores, uniform_scores
 from ultrafuser.model.gate import Gate
-from ultrafuser.model.loss import fused_nll
+from ultrafuser.model.loss import Head, LossBackend, TokenLoss, fused_loss
 
 if TYPE_CHECKING:
     from ultrafuser.chat.template import Template
@@ -91,6 +91,7 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
         ).float()
         self.last_gate_weights: Tensor | None = None  # of the latest forward, for whoever watches generate()
         self.loss_chunk = 1024
+        self.loss_backend: LossBackend = "chunked"
         # Specialists left out at load are in the file and not here, on purpose.
         mine = "|".join(config.names)
         self._keys_to_ignore_on_load_unexpected = [rf"^(specialists|fusion_gate\.projections)\.(?!({mine})\.)"]
@@ -159,6 +160,10 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
     def head(self, name: str, hidden: Float[Tensor, "*rows H"]) -> Float[Tensor, "*rows V"]:
         """Logits of one specialist."""
         return head_logits(self.specialists[name], hidden)
+
+    def loss_head(self, name: str) -> Head:
+        """One specialist's head as the loss wants it: tensors where it is one linear layer, else a function."""
+        return linear_head(self.specialists[name]) or partial(self.head, name)
 
     def forward(
         self,
@@ -244,6 +249,18 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
         Returns:
             NLL (nats) and weights of the M response tokens in row order, and the mask of the columns that predict them.
         """
+        loss, weights, predicting = self.response_loss(labels, specialist_input_ids, specialist_attention_mask)
+        return loss.nll, weights, predicting
+
+    def response_loss(
+        self,
+        labels: Int[Tensor, "B T"],
+        specialist_input_ids: Int[Tensor, "B N T"],
+        specialist_attention_mask: Int[Tensor, "B N T"],
+        *,
+        details: bool = False,
+    ) -> tuple[TokenLoss, Float[Tensor, "M N"], Bool[Tensor, "B T"]]:
+        """As `response_nll`, and with `details` also top-1 hits and the NLL of each active specialist, in one pass."""
         views = self._views(None, None, specialist_input_ids, specialist_attention_mask)
         hiddens = {
             name: last_hidden_state(
@@ -260,7 +277,7 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
         else:
             rows = {name: hidden[predicting] for name, hidden in hiddens.items()}
             weights = self._weights(rows, views, None, None)
-        return self._nll(rows, weights, targets), weights, predicting
+        return self._token_loss(rows, weights, targets, details=details), weights, predicting
 
     def _views(
         self,
@@ -332,13 +349,9 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
             rows, columns = known.nonzero(as_tuple=True)
             predicting = hidden[rows, before[rows, columns]]
             nll = hidden.new_zeros(ids.shape, dtype=torch.float32)
-            nll[rows, columns] = fused_nll(
-                [predicting],
-                torch.ones_like(predicting[:, :1], dtype=torch.float32),
-                ids[rows, columns],
-                [partial(self.head, name)],
-                chunk=self.loss_chunk,
-            )
+            alone = torch.ones_like(predicting[:, :1], dtype=torch.float32)
+            head = [self.loss_head(name)]
+            nll[rows, columns] = fused_loss([predicting], alone, ids[rows, columns], head, chunk=self.loss_chunk).nll
             scores.append(perplexity_scores(nll, known, self.config.perplexity_temperature))
         return torch.stack(scores, dim=-1)
 
@@ -347,15 +360,18 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
         logits = [self.head(name, hidden) for name, hidden in hiddens.items()]
         return fuse_logits(logits, weights[..., active], self.config.fusion_space)
 
-    def _nll(self, rows: Mapping[str, Tensor], weights: Tensor, targets: Tensor) -> Tensor:
-        active = [self.names.index(name) for name in rows]
-        return fused_nll(
+    def _token_loss(
+        self, rows: Mapping[str, Tensor], weights: Tensor, targets: Tensor, *, details: bool = False
+    ) -> TokenLoss:
+        return fused_loss(
             list(rows.values()),
-            weights[:, active],
+            weights[:, [self.names.index(name) for name in rows]],
             targets,
-            [partial(self.head, name) for name in rows],
+            [self.loss_head(name) for name in rows],
             space=self.config.fusion_space,
             chunk=self.loss_chunk,
+            details=details,
+            backend=self.loss_backend,
         )
 
     def _loss(
@@ -363,7 +379,7 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
     ) -> Tensor:
         predicting, targets = response_columns(labels)
         rows = {name: hidden[predicting] for name, hidden in hiddens.items()}
-        nll = self._nll(rows, weights[predicting], targets)
+        nll = self._token_loss(rows, weights[predicting], targets).nll
         return nll.sum() / (num_items if num_items is not None else max(len(nll), 1))
 
 

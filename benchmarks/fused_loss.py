@@ -1,0 +1,241 @@
+"""Peak memory and time of the fused loss, forward and backward, beside the other ways to the same numbers.
+
+Every measurement is a process of its own: the memory is how far its resident set rises above what it held with the
+inputs there (gradients count); the time is the fastest of the repetitions, which go round the variants.
+
+Example: OMP_NUM_THREADS=1 python benchmarks/fused_loss.py --json docs/results/fused_loss.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ultrafuser.model.fusion import fuse_logits
+from ultrafuser.model.loss import LinearHead, fused_nll
+
+NUM_SPECIALISTS = 3
+LEAST_SAVING, MOST_SLOWDOWN = 15.0, 1.10  # what the own way must reach: memory at V = 32k, time everywhere
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting: M tokens, hidden size H, V vocabulary, and what is trained."""
+
+    vocabulary: int
+    tokens: int
+    hidden_size: int
+    dtype: str
+    trained: str  # all: stage 2; gate: stage 1
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of a case, [M, H], [V, H] and scores [M, N] of a gate."""
+
+    hiddens: list[Tensor]
+    heads: list[Tensor]
+    scores: Tensor
+    labels: Tensor
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """What a gradient is taken of."""
+        return [t for t in (*self.hiddens, *self.heads, self.scores) if t.requires_grad]
+
+
+def make_inputs(case: Case, *, tokens: int | None = None, vocabulary: int | None = None) -> Inputs:
+    """Seeded inputs; smaller ones to warm up."""
+    torch.manual_seed(0)
+    tokens, vocabulary = tokens or case.tokens, vocabulary or case.vocabulary
+    dtype, everything = getattr(torch, case.dtype), case.trained == "all"
+    shapes = [(rows, case.hidden_size) for rows in [tokens] * NUM_SPECIALISTS + [vocabulary] * NUM_SPECIALISTS]
+    tensors = [torch.randn(shape).mul_(0.5).to(dtype).requires_grad_(everything) for shape in shapes]
+    scores = torch.randn(tokens, NUM_SPECIALISTS).requires_grad_()
+    labels = torch.randint(0, vocabulary, (tokens,))
+    return Inputs(tensors[:NUM_SPECIALISTS], tensors[NUM_SPECIALISTS:], scores, labels)
+
+
+def naive(inputs: Inputs, weights: Tensor, _: int) -> Tensor:
+    """Equation 1 as it is written: a tensor of logits for each specialist."""
+    logits = [hidden @ head.T for hidden, head in zip(inputs.hiddens, inputs.heads, strict=True)]
+    return F.cross_entropy(fuse_logits(logits, weights), inputs.labels)
+
+
+def join(inputs: Inputs, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states and heads as those of one model, whose head is a copy of all."""
+    parts = [(hidden * weights[:, i, None]).to(hidden.dtype) for i, hidden in enumerate(inputs.hiddens)]
+    return torch.cat(parts, dim=1), torch.cat(inputs.heads, dim=1)
+
+
+def concat(inputs: Inputs, weights: Tensor, _: int) -> Tensor:
+    """One linear layer over all hidden states, then cross-entropy in fp32."""
+    hidden, head = join(inputs, weights)
+    return F.cross_entropy(F.linear(hidden, head).float(), inputs.labels)
+
+
+def concat_fused(inputs: Inputs, weights: Tensor, _: int) -> Tensor:
+    """The same in torch's own fused loss, as it chooses its chunks."""
+    hidden, head = join(inputs, weights)
+    return F.linear_cross_entropy(hidden, head, inputs.labels, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def checkpointed(inputs: Inputs, weights: Tensor, _: int) -> Tensor:
+    """The general way, for any head and space of fusion: chunks of 1,024 whose logits are made twice."""
+    heads = [lambda hidden, head=head: F.linear(hidden, head) for head in inputs.heads]
+    return fused_nll(inputs.hiddens, weights, inputs.labels, heads, chunk=1024).mean()
+
+
+def own(inputs: Inputs, weights: Tensor, chunk: int) -> Tensor:
+    """Ours."""
+    heads = [LinearHead(head) for head in inputs.heads]
+    return fused_nll(inputs.hiddens, weights, inputs.labels, heads, chunk=chunk).mean()
+
+
+VARIANTS: dict[str, Callable[[Inputs, Tensor, int], Tensor]] = {
+    "naive": naive,
+    "concat": concat,
+    "linear_cross_entropy": concat_fused,
+    "checkpointed": checkpointed,
+    "own": own,
+}
+
+
+def run_once(inputs: Inputs, variant: str, chunk: int) -> tuple[float, list[Tensor]]:
+    """Loss and gradients."""
+    loss = VARIANTS[variant](inputs, torch.softmax(inputs.scores, dim=-1), chunk)
+    return float(loss), list(torch.autograd.grad(loss, inputs.trained))
+
+
+def memory_kib(field: str) -> int:
+    """A line of the kernel's on this process: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def measure_here(case: Case, variant: str, chunk: int) -> dict[str, Any]:
+    """Run a case in this process: what a child does."""
+    small = make_inputs(case, tokens=64, vocabulary=1000)
+    run_once(small, variant, chunk)  # loads what is loaded at first use
+    inputs = make_inputs(case)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = memory_kib("VmRSS")
+    loss, gradients = run_once(inputs, variant, chunk)
+    extra = memory_kib("VmHWM") - before
+    norms = [float(g.double().norm()) for g in gradients]
+    del gradients
+    began = time.perf_counter()
+    run_once(inputs, variant, chunk)
+    return {"extra_mib": extra / 1024, "seconds": time.perf_counter() - began, "loss": loss, "gradient_norms": norms}
+
+
+def measure(case: Case, variant: str, chunk: int) -> dict[str, Any]:
+    """Run a case in a process of its own."""
+    job = json.dumps({"case": asdict(case), "variant": variant, "chunk": chunk})
+    done = subprocess.run([sys.executable, __file__, "--child", job], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{variant} of {case} ended with {done.returncode}: {done.stderr[-500:]}")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def compare(case: Case, variants: Sequence[str], chunk: int, rounds: int) -> dict[str, Any]:
+    """All variants of a case, in rounds, so that a slow minute of the machine does not hit one alone."""
+    found: dict[str, dict[str, Any]] = {}
+    for _ in range(rounds):
+        for variant in variants:
+            result = measure(case, variant, chunk)
+            if variant in found:
+                result["seconds"] = min(result["seconds"], found[variant]["seconds"])
+                result["extra_mib"] = max(result["extra_mib"], found[variant]["extra_mib"])
+            found[variant] = result
+    fastest = min((found[v]["seconds"], v) for v in variants if v != "own")
+    return {
+        **asdict(case),
+        "variants": found,
+        "saving": found["naive"]["extra_mib"] / found["own"]["extra_mib"],
+        "fastest_alternative": fastest[1],
+        "slowdown": found["own"]["seconds"] / fastest[0],
+    }
+
+
+def show(row: dict[str, Any]) -> str:
+    """A case as lines for people."""
+    title = (
+        f"V = {row['vocabulary']:,}, M = {row['tokens']:,}, H = {row['hidden_size']}, {row['dtype']}, {row['trained']}"
+    )
+    lines = [
+        f"  {name:<28} {r['extra_mib']:>8.0f} MiB {r['seconds']:>7.2f} s   loss {r['loss']:.6f}"
+        for name, r in row["variants"].items()
+    ]
+    return "\n".join(
+        [
+            title,
+            *lines,
+            f"  naive takes {row['saving']:.1f}x the memory of own; own takes {row['slowdown']:.2f}x the time of "
+            f"{row['fastest_alternative']}",
+        ]
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), platform.machine())
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": f"OMP_NUM_THREADS={torch.get_num_threads()} python {' '.join(sys.argv)}",
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=None, help="write everything measured to this file")
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--tokens", type=int, nargs=2, default=(4096, 1024), help="for V = 32k and 152k")
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens at a time at most, of the own loss")
+    parser.add_argument("--rounds", type=int, default=2, help="processes per variant")
+    parser.add_argument("--trained", nargs="+", choices=["all", "gate"], default=["all", "gate"])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child is not None:
+        job = json.loads(arguments.child)
+        print(json.dumps(measure_here(Case(**job["case"]), job["variant"], job["chunk"])))
+        return
+    report: dict[str, Any] = {"machine": machine(), "chunk": arguments.chunk, "cases": []}
+    for trained in arguments.trained:
+        for vocabulary, tokens in zip((32_000, 152_064), arguments.tokens, strict=True):
+            for dtype in ("float32", "bfloat16"):
+                case = Case(vocabulary, tokens, arguments.hidden_size, dtype, trained)
+                row = compare(case, arguments.variants, arguments.chunk, arguments.rounds)
+                report["cases"].append(row)
+                print(show(row), flush=True)
+    too_big = [c for c in report["cases"] if c["vocabulary"] == 32_000 and c["saving"] < LEAST_SAVING]
+    too_slow = [c for c in report["cases"] if c["slowdown"] > MOST_SLOWDOWN]
+    report["reached"] = not too_big and not too_slow
+    print(f"targets missed: memory in {len(too_big)} cases, time in {len(too_slow)}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

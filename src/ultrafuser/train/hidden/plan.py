@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -19,7 +20,7 @@ FULL_WINDOW_BYTES = 4 * 10**9  # in mode full: what a kill can lose of one speci
 GB = 10**9
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Window:
     """Steps whose records have their hidden states in the same files, or the validation records.
 
@@ -33,12 +34,12 @@ class Window:
     steps: range
     records: Mapping[str, EncodedRecord]
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Response tokens: rows of each file."""
         return sum(record.num_response_tokens for record in self.records.values())
 
-    @property
+    @cached_property
     def num_columns(self) -> int:
         """Columns that a specialist reads, at most."""
         return sum(record.num_columns for record in self.records.values())

@@ -307,11 +307,23 @@ def test_a_back_end_that_cannot_do_it_is_refused_in_one_line(monkeypatch: pytest
         case.loss(backend="flash")
     with pytest.raises(ModelError, match="tells no details"):
         fused_loss(case.hiddens(), case.scores, case.labels, case.linear_heads(), backend="torch", details=True)
-    with pytest.raises(ModelError, match="linear heads fused in the space logits"):
+    with pytest.raises(ModelError, match="in the space logits alone, not probs"):
         case.loss(backend="torch", space="probs")
+    functions = [lambda hidden, head=head: head(hidden) for head in case.linear_heads()]
+    with pytest.raises(ModelError, match="every head to be one linear layer"):
+        fused_nll(case.hiddens(), case.scores, case.labels, functions, backend="torch")
     monkeypatch.delattr(F, "linear_cross_entropy")
     with pytest.raises(ModelError, match=r"torch needs torch 2\.13"):
         case.loss(backend="torch")
+
+
+def test_the_shard_of_a_head_is_refused():
+    """Outside the forward of its FSDP unit a head is a DTensor, whose products would be shards of other logits."""
+    case = Case()
+    case.heads[1].full_tensor = None
+
+    with pytest.raises(ModelError, match="the head of specialist 1 is a shard here: compute the loss inside"):
+        case.loss()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "opt", "mistral", "bloom"])

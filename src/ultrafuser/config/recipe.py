@@ -134,7 +134,9 @@ class TrainConfig(Section):
     micro_batch_tokens: PositiveInt = 16384  # columns of a forward pass; a batch is cut into such pieces
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast over fp32 master weights
     activation_checkpointing: bool = False
-    loss_chunk: PositiveInt = 1024  # response tokens whose logits are held at once
+    loss_chunk: PositiveInt = 1024  # response tokens whose logits are held at once, at most
+    # Ours, torch's linear_cross_entropy (torch 2.13) or Liger (a GPU, pip install liger-kernel): the same to rounding.
+    loss_backend: Literal["chunked", "torch", "liger"] = "chunked"
     checkpoint_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2
     validate_every: PositiveInt = 100

@@ -277,7 +277,27 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
         else:
             rows = {name: hidden[predicting] for name, hidden in hiddens.items()}
             weights = self._weights(rows, views, None, None)
-        return self._token_loss(rows, weights, targets, details=details), weights, predicting
+        return self.token_loss(rows, weights, targets, details=details), weights, predicting
+
+    def token_loss(
+        self,
+        rows: Mapping[str, Float[Tensor, "M _"]],
+        weights: Float[Tensor, "M N"],
+        targets: Int[Tensor, " M"],
+        *,
+        details: bool = False,
+    ) -> TokenLoss:
+        """Loss of tokens whose last hidden states are known, by specialist; `weights` are of all specialists."""
+        return fused_loss(
+            list(rows.values()),
+            weights[:, [self.names.index(name) for name in rows]],
+            targets,
+            [self.loss_head(name) for name in rows],
+            space=self.config.fusion_space,
+            chunk=self.loss_chunk,
+            details=details,
+            backend=self.loss_backend,
+        )
 
     def _views(
         self,
@@ -360,26 +380,12 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
         logits = [self.head(name, hidden) for name, hidden in hiddens.items()]
         return fuse_logits(logits, weights[..., active], self.config.fusion_space)
 
-    def _token_loss(
-        self, rows: Mapping[str, Tensor], weights: Tensor, targets: Tensor, *, details: bool = False
-    ) -> TokenLoss:
-        return fused_loss(
-            list(rows.values()),
-            weights[:, [self.names.index(name) for name in rows]],
-            targets,
-            [self.loss_head(name) for name in rows],
-            space=self.config.fusion_space,
-            chunk=self.loss_chunk,
-            details=details,
-            backend=self.loss_backend,
-        )
-
     def _loss(
         self, hiddens: Mapping[str, Tensor], weights: Tensor, labels: Tensor, num_items: Tensor | int | None
     ) -> Tensor:
         predicting, targets = response_columns(labels)
         rows = {name: hidden[predicting] for name, hidden in hiddens.items()}
-        nll = self._token_loss(rows, weights[predicting], targets).nll
+        nll = self.token_loss(rows, weights[predicting], targets).nll
         return nll.sum() / (num_items if num_items is not None else max(len(nll), 1))
 
 

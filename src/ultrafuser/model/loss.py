@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ultrafuser.errors import ModelError
 from ultrafuser.model.fusion import FusionSpace, fuse_logits
 from ultrafuser.model.linear_loss import linear_loss
-from ultrafuser.model.loss_backends import concatenated_loss
+from ultrafuser.model.loss_backends import check_backend, concatenated_loss
 
 Head = Callable[[Tensor], Tensor]
 LossBackend = Literal["chunked", "torch", "liger"]
@@ -115,8 +115,9 @@ def fused_loss(
             weights, labels, scaled, [h.weight for h in linear], biases, chunk=chunk, details=details
         )
         return TokenLoss(nll, hit, specialist_nll) if details else TokenLoss(nll)
+    check_backend(backend, labels.device, space=space)
     if backend != "chunked":
-        raise ModelError(f"the loss backend {backend} wants linear heads fused in the space logits: use chunked")
+        raise ModelError(f"the loss backend {backend} wants every head to be one linear layer: use chunked")
     return _checkpointed_loss(hiddens, weights, labels, heads, space=space, chunk=chunk, details=details)
 
 

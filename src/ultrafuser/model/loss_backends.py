@@ -66,14 +66,21 @@ def concatenated_loss(
     return nll.float()
 
 
-def check_backend(backend: str, device: torch.device) -> None:
+def check_backend(backend: str, device: torch.device, *, space: str = "logits") -> None:
     """Refuse a loss backend that cannot run here, before anything is loaded.
 
+    Args:
+        backend: `chunked`, `torch` or `liger`.
+        device: Where the loss is computed.
+        space: Where the logits are fused.
+
     Raises:
-        ModelError: It is unknown, not installed, or not for this device; says what to do.
+        ModelError: It is unknown, not installed, or not for this device or space; says what to do.
     """
     if backend == "chunked":
         return
+    if space != "logits":
+        raise ModelError(f"the loss backend {backend} fuses in the space logits alone, not {space}: use chunked")
     if backend == "torch":
         if not hasattr(F, "linear_cross_entropy"):
             raise ModelError(

@@ -71,7 +71,7 @@ class Loop:
         self._begin(step)
         model = self.phase.model
         model.train()
-        model.loss_chunk = self.train.loss_chunk
+        model.loss_chunk, model.loss_backend = self.train.loss_chunk, self.train.loss_backend
         if self.train.activation_checkpointing:
             for specialist in model.specialists.values():
                 specialist.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

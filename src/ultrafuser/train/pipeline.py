@@ -28,6 +28,7 @@ from ultrafuser.model.checkpoint import save_fused
 from ultrafuser.model.device import choose_device
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.lean import SpecialistLoader, build_lean
+from ultrafuser.model.loss_backends import check_backend
 from ultrafuser.model.specialist import load_tokenizer
 from ultrafuser.train.hidden.fill import SpecialistsInMemory
 from ultrafuser.train.hidden.loop import CachedLoop
@@ -57,6 +58,7 @@ class Trainer:
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         self.device = choose_device(recipe.train.device, "train.device")
+        check_backend(recipe.train.loss_backend, self.device, space=recipe.fusion.space)
         first = next(iter(recipe.specialists.values()))
         self.tokenizer: Any = load_tokenizer(SpecialistConfig(model=recipe.tokenizer) if recipe.tokenizer else first)
 

@@ -37,6 +37,14 @@ def serve(
         Literal["exact", "half", "int8"], typer.Option(help="Format of the weights; half and int8 are for CPUs.")
     ] = "exact",
     drafts: Annotated[str, typer.Option(help="Kinds of speculation by comma: lookup, self; or none.")] = "lookup,self",
+    draft_weights: Annotated[
+        Literal["auto", "exact", "half", "int4"],
+        typer.Option(help="Of the copy that runs ahead for self; exact makes none. Changes no token."),
+    ] = "auto",
+    pack: Annotated[
+        bool | None,
+        typer.Option("--pack/--no-pack", help="A second layout of fp32 weights, faster for batches; else if it fits."),
+    ] = None,
     parallel: Annotated[
         bool,
         typer.Option("--parallel", help="One process for each specialist: see docs/serve.md for how to start them."),
@@ -76,6 +84,8 @@ def serve(
         max_waiting=max_waiting,
         max_context=max_context,
         weights=weights,
+        draft_weights=draft_weights,
+        pack=pack,
         parallel=parallel,
         drafts=tuple(kind for kind in drafts.split(",") if kind not in ("", "none")),
         template=template,

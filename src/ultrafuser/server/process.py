@@ -40,7 +40,7 @@ class ServeOptions:
         allowed_hosts: Host headers besides the address itself; empty allows any where others can reach the server.
         max_running, max_waiting: Choices that run at once, and that wait.
         max_context: Tokens of prompt and answer; 0 takes the model's.
-        weights, drafts: Of the engine (`EngineOptions`).
+        weights, drafts, draft_weights, pack: Of the engine (`EngineOptions`).
         parallel: This process is one of several, a specialist each; the first one serves.
         template, dtype, device: How to load; the template is for a model that is not fused.
         limits, deadlines: Of the server.
@@ -58,6 +58,8 @@ class ServeOptions:
     max_context: int = 0
     weights: str = "exact"
     drafts: tuple[str, ...] = ("lookup", "self")
+    draft_weights: str = "auto"
+    pack: bool | None = None
     parallel: bool = False
     template: str = "tokenizer"
     dtype: str = ""
@@ -130,6 +132,8 @@ def _load(options: ServeOptions) -> Engine | None:
                 max_choices=options.max_running,
                 weights=options.weights,
                 drafts=drafts,
+                draft_weights=options.draft_weights,
+                pack=options.pack,
                 release_model=True,
             ),
             LoadOptions(options.template, options.dtype, options.device),

@@ -65,8 +65,13 @@ def describe_specialist(specialist: PreTrainedModel) -> SpecialistFacts:
 
 
 def take_backbone_out(specialist: PreTrainedModel) -> PreTrainedModel:
-    """Leave a specialist its head alone, in place; a tied head stays what it was."""
-    head = specialist.get_output_embeddings()
+    """Leave a specialist its head alone, in place, with a copy of its weights.
+
+    What a loader reads may be part of a mapping of the whole file, which would stay in memory with it.
+    """
+    head: Any = specialist.get_output_embeddings()
+    for name, parameter in list(head.named_parameters(recurse=False)):
+        setattr(head, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
     setattr(specialist, specialist.base_model_prefix, NoBackbone())
     # Its own way to the head may pass by the embeddings, which are gone.
     specialist.get_output_embeddings = lambda: head  # type: ignore[method-assign]

@@ -10,7 +10,6 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ultrafuser.config.recipe import Stage1CacheConfig
 from ultrafuser.data.sampler import Draw
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.fusion import gate_weights
-from ultrafuser.model.loss import fused_nll
+from ultrafuser.train.hidden.composed import encode_composed
 from ultrafuser.train.hidden.file import HiddenFile
 from ultrafuser.train.hidden.fill import Specialists, fill
 from ultrafuser.train.hidden.plan import GB, Plan, Window, describe_plan, make_plan, measure_flops
@@ -74,6 +73,9 @@ class CachedLoop(Loop):
                 for (name, facts), template in zip(specialists.facts.items(), phase.encoder.templates, strict=True)
             },
         )
+        templates = [[template.source, *template.end_of_turn] for template in phase.encoder.templates]
+        ids = {domain: [record.id for record in records] for domain, records in phase.sources.items()}
+        self._content = [templates, vocabulary, phase.max_length, ids]  # decides what composed records are as tokens
         self.plan: Plan | None = None
         self._composed: dict[Draw, EncodedRecord] = {}
         self._validation, self._steps = Readers(self.store), Readers(self.store)
@@ -85,9 +87,16 @@ class CachedLoop(Loop):
         Raises:
             ConfigError: They do not fit the budget.
         """
+        batches = [self.sampler.batch(step) for step in range(self.stage.steps)]
+        self._composed = encode_composed(
+            self.store.folder,
+            [draw for draw in dict.fromkeys(itertools.chain(*batches)) if draw.joined is not None],
+            super()._record,
+            identity=self._content,
+        )
         validation = [list(records)[: self.train.validation_records] for records in self.phase.validation.values()]
         return make_plan(
-            ([self._record(draw) for draw in self.sampler.batch(step)] for step in range(self.stage.steps)),
+            ([self._record(draw) for draw in batch] for batch in batches),
             itertools.chain(*validation),
             self.specialists.facts,
             mode=self.cache.mode,
@@ -168,22 +177,11 @@ class CachedLoop(Loop):
                 if model.config.granularity == "prompt":
                     scores = scores[response_starts(piece).to(self.device)]
                 weights = gate_weights(scores)
-                nll = fused_nll(
-                    list(hiddens.values()),
-                    weights,
-                    labels.to(self.device),
-                    [partial(model.head, name) for name in hiddens],
-                    space=model.config.fusion_space,
-                    chunk=model.loss_chunk,
-                )
+                nll = model.token_loss(hiddens, weights, labels.to(self.device)).nll
             yield piece, nll, weights
 
     def _record(self, draw: Draw) -> EncodedRecord:
-        if draw.joined is None:
-            return super()._record(draw)
-        if draw not in self._composed:  # once for the plan and the step
-            self._composed[draw] = super()._record(draw)
-        return self._composed[draw]
+        return super()._record(draw) if draw.joined is None else self._composed[draw]
 
     @property
     def _bf16(self) -> bool:
@@ -206,11 +204,9 @@ class Readers:
         for window in windows:
             for name in self.store.identities:
                 self._files[name] = HiddenFile(self.store.path(name, window))
-                views = self.store.views(name, window)
-                stops = itertools.accumulate(view.num_response_tokens for view in views)
-                self._places[name] = {
-                    view.id: (stop - view.num_response_tokens, stop) for view, stop in zip(views, stops, strict=True)
-                }
+                ids = self.store.order(name, window)
+                stops = [0, *itertools.accumulate(window.records[id].num_response_tokens for id in ids)]
+                self._places[name] = dict(zip(ids, itertools.pairwise(stops), strict=True))
 
     def holds(self, step: int) -> bool:
         """Whether the records of a step are here."""

@@ -40,6 +40,7 @@ class HiddenStore:
         self.folder, self.budget_bytes = folder, budget_bytes
         self.identities = identities
         self._keys: dict[tuple[str, str], str] = {}
+        self._orders: dict[tuple[str, str], list[str]] = {}
 
     def path(self, name: str, window: Window) -> Path:
         """The file of a specialist's hidden states over a window."""
@@ -125,13 +126,20 @@ class HiddenStore:
     def _key(self, name: str, window: Window) -> str:
         if (name, window.label) not in self._keys:
             digest = hashlib.sha256(json.dumps(sorted(self.identities[name].items())).encode())
-            for record in self.views(name, window):
+            views = self.views(name, window)
+            self._orders[name, window.label] = [record.id for record in views]
+            for record in views:
                 digest.update(repr((record.id, len(record.turns))).encode())
                 for turn in record.turns:
                     for ids in (turn.prompts[0], turn.response, turn.hides_end):
                         digest.update(array("q", [len(ids), *ids]).tobytes())
             self._keys[name, window.label] = digest.hexdigest()
         return self._keys[name, window.label]
+
+    def order(self, name: str, window: Window) -> list[str]:
+        """Ids of a window's records in the order of a specialist's file."""
+        self._key(name, window)
+        return self._orders[name, window.label]
 
     def views(self, name: str, window: Window) -> list[EncodedRecord]:
         """The records of a window as one specialist reads them, in the order of its file."""

@@ -1,8 +1,8 @@
 """Peak memory and time of the fused loss, forward and backward, beside the other ways to the same numbers.
 
 Every measurement is a process of its own: the memory is how far its resident set rises above what it held with the
-inputs there (gradients count); the time is the processor's, of the faster of two passes in each process, which other
-work on the machine disturbs less than the clock's. Every variant runs once per round.
+inputs there (gradients count); the time is the processor's, which other work on the machine disturbs less than the
+clock's. Every variant runs once per round; the fastest counts.
 
 Example: OMP_NUM_THREADS=1 python benchmarks/fused_loss.py --json docs/results/fused_loss.json
 """
@@ -135,15 +135,11 @@ def measure_here(case: Case, variant: str, chunk: int) -> dict[str, Any]:
     inputs = make_inputs(case)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = memory_kib("VmRSS")
-    took = []
-    for _ in range(2):
-        clock, processor = time.perf_counter(), time.process_time()
-        loss, gradients = run_once(inputs, variant, chunk)
-        took.append((time.process_time() - processor, time.perf_counter() - clock))
-        extra = memory_kib("VmHWM") - before
-        norms = [float(g.double().norm()) for g in gradients]
-        del gradients
-    seconds, clock_seconds = min(took)
+    clock, processor = time.perf_counter(), time.process_time()
+    loss, gradients = run_once(inputs, variant, chunk)
+    seconds, clock_seconds = time.process_time() - processor, time.perf_counter() - clock
+    extra = memory_kib("VmHWM") - before
+    norms = [float(g.double().norm()) for g in gradients]
     return {
         "extra_mib": extra / 1024,
         "seconds": seconds,
@@ -153,22 +149,29 @@ def measure_here(case: Case, variant: str, chunk: int) -> dict[str, Any]:
     }
 
 
-def measure(case: Case, variant: str, chunk: int) -> dict[str, Any]:
-    """Run a case in a process of its own."""
-    job = json.dumps({"case": asdict(case), "variant": variant, "chunk": chunk})
+def measure(case: Case, variant: str, chunk: int, number: int, journal: Path | None) -> dict[str, Any]:
+    """Run a case in a process of its own, unless the journal has it."""
+    job = json.dumps({"case": asdict(case), "variant": variant, "chunk": chunk, "round": number})
+    if journal is not None and journal.exists():
+        for line in map(json.loads, journal.read_text(encoding="utf-8").splitlines()):
+            if line["job"] == job:
+                return dict(line["result"])
     done = subprocess.run([sys.executable, __file__, "--child", job], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{variant} of {case} ended with {done.returncode}: {done.stderr[-500:]}")
     result: dict[str, Any] = json.loads(done.stdout)
+    if journal is not None:
+        with journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"job": job, "result": result}) + "\n")
     return result
 
 
-def compare(case: Case, variants: Sequence[str], chunk: int, rounds: int) -> dict[str, Any]:
+def compare(case: Case, variants: Sequence[str], chunk: int, rounds: int, journal: Path | None) -> dict[str, Any]:
     """All variants of a case, in rounds, so that a bad minute of the machine does not hit one alone."""
     found: dict[str, dict[str, Any]] = {}
-    for _ in range(rounds):
+    for number in range(rounds):
         for variant in variants:
-            result = measure(case, variant, chunk)
+            result = measure(case, variant, chunk, number, journal)
             if variant in found:
                 result["seconds"] = min(result["seconds"], found[variant]["seconds"])
                 result["extra_mib"] = max(result["extra_mib"], found[variant]["extra_mib"])
@@ -224,7 +227,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=1024, help="tokens at a time at most, of the own loss")
     parser.add_argument("--rounds", type=int, default=1, help="processes per variant")
     parser.add_argument("--trained", nargs="+", choices=["all", "gate"], default=["all", "gate"])
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--journal", type=Path, default=None, help="keep measurements here, to go on after a stop")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
@@ -236,7 +239,7 @@ def main() -> None:
         for vocabulary, tokens in zip((32_000, 152_064), arguments.tokens, strict=True):
             for dtype in ("float32", "bfloat16"):
                 case = Case(vocabulary, tokens, arguments.hidden_size, dtype, trained)
-                row = compare(case, arguments.variants, arguments.chunk, arguments.rounds)
+                row = compare(case, list(VARIANTS), arguments.chunk, arguments.rounds, arguments.journal)
                 report["cases"].append(row)
                 print(show(row), flush=True)
     too_big = [c for c in report["cases"] if c["vocabulary"] == 32_000 and c["saving"] < LEAST_SAVING]

@@ -318,6 +318,15 @@ def test_an_engine_that_fails_says_why(engine: EngineAnswers, monkeypatch: pytes
         list(pieces)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT interrupts, as at a terminal: a shell starts what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_tokens_are_shown_ends_the_work(engine: EngineAnswers, endings: list[str]):
     class Screen(io.StringIO):
         pressed = False

@@ -54,7 +54,9 @@ class VllmHome:
     @property
     def environment(self) -> dict[str, str]:
         """Of processes: our installed package, no hub, one thread, little memory."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "PYTHON", "ULTRAFUSER_"))}
+        # TQDM_DISABLE: without its bar vLLM divides by the zero seconds that a silent one counts.
+        ours = ("VLLM_", "PYTHON", "ULTRAFUSER_", "TQDM_")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
         return kept | {
             "PYTHONPATH": str(self.site),
             "PATH": f"{self.python.parent}:{os.environ['PATH']}",

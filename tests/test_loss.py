@@ -20,8 +20,7 @@ from ultrafuser.model.backbone import head_logits, linear_head
 from ultrafuser.model.loss import LinearHead, fused_loss, fused_nll
 
 # Largest error of loss and gradients, as a part of the largest value there or of 1: as docs/results.md states.
-# bf16: a logit near 15 is rounded by up to .03, which moves its probability, and so the gradient, by three percent.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 class Case:
@@ -108,7 +107,7 @@ def assert_equal_to_reference(case: Case, dtype: torch.dtype, *, scale: Tensor |
             assert_near(a, b, TOLERANCE[dtype])
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_loss_and_gradients_equal_a_float64_reference(dtype: torch.dtype, data: st.DataObject):

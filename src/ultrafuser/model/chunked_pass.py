@@ -72,7 +72,8 @@ class Gradients:
 class ChunkedPass:
     """One pass over all chunks: the loss, and the wanted gradients of the sum of `scale * nll`.
 
-    Matrices are multiplied in the type asked for; logits, probabilities and the gradients of heads are added in fp32.
+    Logits are multiplied and added in fp32. Gradients are multiplied in the type asked for, and those of heads added in
+    fp32.
 
     Args:
         inputs: What the loss is a function of.
@@ -143,14 +144,17 @@ class ChunkedPass:
         fused = self._take("fused", self.exact, len(mix)).zero_()
         for i, (hidden, head, bias) in enumerate(zip(hiddens, self.heads, self.biases, strict=True)):
             weight = mix[:, i, None]
-            if self.kept[i] or self.wanted.details or head.dtype != self.exact:
-                own = self._take(i if self.kept[i] else "shared", head.dtype, len(mix))
+            # In fp32 for bf16, too: a logit rounded to bf16 moves its probability by percents, and a product of bf16
+            # numbers is exact in fp32.
+            hidden, head = hidden.to(self.exact), head.to(self.exact)
+            if self.kept[i] or self.wanted.details:
+                own = self._take(i if self.kept[i] else "own", self.exact, len(mix))
                 torch.mm(hidden, head.T, out=own)
                 fused.addcmul_(own, weight)
                 if self.kept[i]:
                     kept[i] = own
                 if self.wanted.details:
-                    logits = own.to(self.exact) if bias is None else own + bias
+                    logits = own if bias is None else own + bias
                     target = self.inputs.labels[rows, None]
                     self.losses.specialist_nll[rows, i] = logits.logsumexp(dim=-1) - logits.gather(1, target)[:, 0]
             else:
@@ -198,8 +202,7 @@ class ChunkedPass:
 
     def _dot(self, own: Tensor, slope: Tensor) -> Tensor:
         """Row by row; `own` is not needed afterwards."""
-        product = own if own.dtype == slope.dtype else self._take("product", slope.dtype, len(slope))
-        return torch.mul(slope, own, out=product).sum(dim=-1)
+        return own.mul_(slope).sum(dim=-1)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.exact, device=self.device)

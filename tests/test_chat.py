@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from page_helpers import Reply, scripted_server
 from training_helpers import TOKENIZER, make_fused
-from ultrafuser.analysis.palette import LIGHT_PAGE, PALETTE, STRENGTH
 from ultrafuser.chat.messages import Conversation, Message
 from ultrafuser.cli.answers import EngineAnswers, ServerAnswers, Stream, Voices, open_answers
 from ultrafuser.cli.main import app
 from ultrafuser.cli.talk import Talk
+from ultrafuser.drawing.palette import LIGHT_PAGE, PALETTE, STRENGTH
 from ultrafuser.engine.requests import GenerationRequest, Listener, StreamEvent, TokenPiece
 from ultrafuser.errors import ModelError, UltrafuserError
 from ultrafuser.generation import SamplingParams

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from page_helpers import PAGE
-from ultrafuser.analysis.palette import DARK_INK, DARK_PAGE, LIGHT_INK, LIGHT_PAGE, PALETTE, Colour
+from ultrafuser.drawing.palette import DARK_INK, DARK_PAGE, LIGHT_INK, LIGHT_PAGE, PALETTE, Colour
 
 SCRIPTS = {file.name: file.read_text(encoding="utf-8") for file in PAGE.iterdir() if file.name.endswith(".js")}
 STYLE = (PAGE / "style.css").read_text(encoding="utf-8")

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from helpers import make_fused, make_tokenizer
 from page_helpers import real_browser
 from server_helpers import MODEL, NAMES, make_engine, serving
-from ultrafuser.analysis.palette import heaviest
 from ultrafuser.chat.messages import Message
+from ultrafuser.drawing.palette import heaviest
 from ultrafuser.generation import SamplingParams
 from ultrafuser.model.generator import FusedGenerator
 

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from synthesis_samples import Grower, grow, sample_recipe
+from ultrafuser.drawing import figures
 from ultrafuser.errors import DataError, ModelError
-from ultrafuser.synthesis.dataset import charts, diversity
+from ultrafuser.synthesis.dataset import diversity
 from ultrafuser.synthesis.dataset.diversity import Sample, find_diversity
 from ultrafuser.synthesis.dataset.measure import _quantile, token_counter
 from ultrafuser.synthesis.dataset.stats import StatsOptions, write_stats
@@ -93,7 +94,7 @@ def test_without_a_model_words_are_compared_and_it_says_so(store: Store, recipe:
 def test_without_the_plotting_packages_there_are_numbers_all_the_same(
     store: Store, recipe: SynthesisRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(charts, "find_spec", lambda _: None)
+    monkeypatch.setattr(figures, "find_spec", lambda _: None)
     monkeypatch.setattr(diversity, "find_spec", lambda _: None)
     page = write_stats(store, recipe, tmp_path / "stats")
 

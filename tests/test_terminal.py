@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from test_results import make_results, score
-from ultrafuser.analysis.palette import DARK_INK, DARK_PAGE, LIGHT_INK, LIGHT_PAGE, PALETTE, STRENGTH, Colour
 from ultrafuser.analysis.terminal import colour_tokens, legend, scores_table
+from ultrafuser.drawing.palette import DARK_INK, DARK_PAGE, LIGHT_INK, LIGHT_PAGE, PALETTE, STRENGTH, Colour
 
 
 def show(shown: Table | Text, *, colour: bool = False) -> str:

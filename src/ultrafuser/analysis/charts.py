@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from ultrafuser.analysis.palette import colour_indices, weights_text
 from ultrafuser.analysis.results import FUSED_PREFIX, SPECIALIST_PREFIX, Heatmap
 from ultrafuser.analysis.scales import Number, Scale, linear_ticks
 from ultrafuser.analysis.svg import drawing, element, line, text
+from ultrafuser.drawing.palette import colour_indices, weights_text
 
 WIDTH = 400
 CHARACTER = 6.4  # width of a character of a label, at most

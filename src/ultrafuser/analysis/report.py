@@ -17,7 +17,6 @@ from markupsafe import Markup
 
 from ultrafuser.analysis.charts import Bar, bar_chart, model_class, sample_heatmap
 from ultrafuser.analysis.curves import curve_chart, domain_points
-from ultrafuser.analysis.palette import PALETTE, STRENGTH, colour_indices, heaviest, weights_text
 from ultrafuser.analysis.results import Heatmap, Results, Score
 from ultrafuser.analysis.summary import (
     Best,
@@ -28,6 +27,7 @@ from ultrafuser.analysis.summary import (
     loss_interval,
     percent,
 )
+from ultrafuser.drawing.palette import PALETTE, STRENGTH, colour_indices, heaviest, weights_text
 from ultrafuser.files import write_text_atomically
 
 Charts = list[tuple[str, Markup]]  # a caption and a chart

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from ultrafuser.analysis.palette import LIGHT_INK, LIGHT_PAGE, PALETTE, STRENGTH, colour_indices, heaviest
 from ultrafuser.analysis.results import FUSED_PREFIX, Results, Score
 from ultrafuser.analysis.summary import accuracy_interval, best_models, percent
+from ultrafuser.drawing.palette import LIGHT_INK, LIGHT_PAGE, PALETTE, STRENGTH, colour_indices, heaviest
 
 # A model may write escape sequences that would move the cursor or worse; line ends and tabs are harmless.
 _CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ultrafuser.alignment.collate import IGNORED, Batch, collate
 from ultrafuser.alignment.encode import EncodedRecord, Encoder
-from ultrafuser.analysis.palette import LIGHT_INK, LIGHT_PAGE, PALETTE, STRENGTH
+from ultrafuser.drawing.palette import LIGHT_INK, LIGHT_PAGE, PALETTE, STRENGTH
 
 Role = Literal["prompt", "trained", "hidden"]
 

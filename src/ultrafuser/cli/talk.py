@@ -11,10 +11,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ultrafuser.analysis.palette import heaviest
 from ultrafuser.analysis.terminal import colour_tokens
 from ultrafuser.chat.messages import Conversation, Message
 from ultrafuser.cli.answers import Answers, Stream, Voices
+from ultrafuser.drawing.palette import heaviest
 from ultrafuser.engine.check import check_params
 from ultrafuser.errors import ConfigError, UltrafuserError
 from ultrafuser.generation import SamplingParams

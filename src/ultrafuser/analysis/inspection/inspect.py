@@ -27,7 +27,7 @@ from ultrafuser.analysis.inspection.gate import find_gate, find_heatmap
 from ultrafuser.analysis.inspection.losses import MeanInterval, find_losses
 from ultrafuser.analysis.inspection.observe import Observation, observe
 from ultrafuser.analysis.inspection.page import write_page
-from ultrafuser.analysis.inspection.plots import INSTALL, can_plot, write_plots
+from ultrafuser.analysis.inspection.plots import INSTALL, write_plots
 from ultrafuser.analysis.inspection.records import Sample, Target, locate, sample_records
 from ultrafuser.analysis.inspection.stability import (
     CheckpointLosses,
@@ -39,6 +39,7 @@ from ultrafuser.analysis.inspection.tokens import find_question, find_tokens
 from ultrafuser.analysis.report import write_report
 from ultrafuser.analysis.results import read_results
 from ultrafuser.config.load import load_recipe
+from ultrafuser.drawing.figures import can_draw
 from ultrafuser.errors import ConfigError, DataError, ModelError, UltrafuserError
 from ultrafuser.model.generator import FusedGenerator
 from ultrafuser.model.specialist import first_line
@@ -123,9 +124,9 @@ def inspect(folder: Path, options: Options = Options(), *, output: Path | None =
             continue
         findings.append(finding)
         write_finding(finding, output)
-        if can_plot():
+        if can_draw():
             write_plots(finding, output)
-    if not can_plot():
+    if not can_draw():
         missing.append(INSTALL)
     page = write_page(output, name=folder.resolve().name, notes=missing)
     if target.run is not None and output == target.output:

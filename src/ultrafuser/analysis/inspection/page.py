@@ -16,10 +16,10 @@ from markupsafe import Markup
 from ultrafuser.analysis.charts import sample_heatmap
 from ultrafuser.analysis.curves import curve_chart
 from ultrafuser.analysis.inspection.findings import Alternative, Finding, Table, Value, read_findings
-from ultrafuser.analysis.palette import colour_indices, heaviest, weights_text
 from ultrafuser.analysis.report import page_template, style_sheet, visible
 from ultrafuser.analysis.scales import Scale
 from ultrafuser.analysis.svg import drawing, element
+from ultrafuser.drawing.palette import colour_indices, heaviest, weights_text
 from ultrafuser.files import write_text_atomically
 
 PAGE = "index.html"

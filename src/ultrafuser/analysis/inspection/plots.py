@@ -5,40 +5,16 @@ matplotlib is the extra `plots`; where it is missing there are no figures, and e
 
 from __future__ import annotations
 
-import importlib.util
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ultrafuser.analysis.inspection.findings import Finding, Part, Table
-from ultrafuser.analysis.palette import LIGHT_INK, PALETTE, STRENGTH, colour_indices
 from ultrafuser.analysis.scales import linear_ticks, log_ticks
-from ultrafuser.errors import DataError
+from ultrafuser.drawing.figures import INK, figure_settings, save_figure
+from ultrafuser.drawing.palette import PALETTE, STRENGTH, colour_indices
 
 INSTALL = "no PNG or SVG figures without matplotlib: pip install 'ultrafuser[plots]'"
-DOTS_PER_INCH = 150
-INK, MUTED = LIGHT_INK.hex, "#585e68"
-SETTINGS: dict[str, Any] = {
-    "svg.hashsalt": "ultrafuser",  # else the ids in an SVG are random
-    "svg.fonttype": "path",
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine has it
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
-}
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def write_plots(finding: Finding, folder: Path) -> list[Path]:
@@ -47,31 +23,14 @@ def write_plots(finding: Finding, folder: Path) -> list[Path]:
     Raises:
         DataError: A file cannot be written.
     """
-    from matplotlib import rc_context
-
-    context: Any = rc_context  # its type wants every name of a setting as a literal
     draw = _DRAW.get(finding.part)
     if draw is None:
         return []
-    with context(SETTINGS):
+    with figure_settings():
         figure = draw(finding)
         if figure is None:
             return []
-        return [_save(figure, folder / f"{finding.part}.{ending}") for ending in ("png", "svg")]
-
-
-def _save(figure: Any, path: Path) -> Path:
-    metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[path.suffix[1:]]
-    data = io.BytesIO()
-    figure.savefig(data, format=path.suffix[1:], dpi=DOTS_PER_INCH, metadata=metadata, bbox_inches="tight")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data.getvalue())
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path}: {error.strerror or error}. Free space or choose another place"
-        ) from error
-    return path
+        return [save_figure(figure, folder / f"{finding.part}.{ending}") for ending in ("png", "svg")]
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ultrafuser.errors import DataError
+from ultrafuser.drawing.figures import INK, MUTED, figure_settings, save_figure
+from ultrafuser.drawing.palette import PALETTE
 from ultrafuser.synthesis.dataset.diversity import Place
 from ultrafuser.synthesis.dataset.measure import DomainNumbers, Lengths
 
-DOTS_PER_INCH = 150
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#9028f0", "#e40048", "#686c8c")  # as everywhere: `analysis.palette`
 MARKERS = "o^sDvP"
-INK, MUTED = "#16181d", "#585e68"
-SETTINGS: dict[str, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine has it
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
-}
 BINS = 40
 MOST_TOPICS = 30
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
 
 
 def draw_lengths(domains: Sequence[DomainNumbers], unit: str, path: Path) -> None:
@@ -44,7 +22,7 @@ def draw_lengths(domains: Sequence[DomainNumbers], unit: str, path: Path) -> Non
     Raises:
         DataError: The file cannot be written.
     """
-    with _settings():
+    with figure_settings():
         figure, panels = _figure(3.2 * len(domains), 2.6, len(domains))
         for axes, domain, colour in zip(panels, domains, _colours(len(domains)), strict=True):
             for lengths, name, style in (
@@ -57,7 +35,7 @@ def draw_lengths(domains: Sequence[DomainNumbers], unit: str, path: Path) -> Non
             axes.set_xlabel(unit)
             axes.legend()
         panels[0].set_ylabel("texts")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def draw_topics(domains: Sequence[DomainNumbers], path: Path) -> None:
@@ -66,7 +44,7 @@ def draw_topics(domains: Sequence[DomainNumbers], path: Path) -> None:
     Raises:
         DataError: The file cannot be written.
     """
-    with _settings():
+    with figure_settings():
         longest = max(min(MOST_TOPICS, len(domain.meta_topics)) for domain in domains)
         figure, panels = _figure(3.6 * len(domains), 0.8 + 0.17 * longest, len(domains))
         for axes, domain, colour in zip(panels, domains, _colours(len(domains)), strict=True):
@@ -77,7 +55,7 @@ def draw_topics(domains: Sequence[DomainNumbers], path: Path) -> None:
             axes.set_ylim(longest - 0.5, -0.5)
             axes.tick_params(axis="y", length=0, labelsize=7, labelcolor=INK)
             axes.set_title(_plain(f"{domain.domain}: records by meta-topic"))
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def draw_map(places: Sequence[Place], by: str, silhouette: float | None, path: Path) -> None:
@@ -87,7 +65,7 @@ def draw_map(places: Sequence[Place], by: str, silhouette: float | None, path: P
         DataError: The file cannot be written.
     """
     domains = list(dict.fromkeys(place.domain for place in places))
-    with _settings():
+    with figure_settings():
         figure, (axes,) = _figure(4.8, 4.6, 1)
         for domain, colour, marker in zip(domains, _colours(len(domains)), MARKERS * len(domains), strict=False):
             x, y = zip(*[(place.x, place.y) for place in places if place.domain == domain], strict=True)
@@ -98,7 +76,7 @@ def draw_map(places: Sequence[Place], by: str, silhouette: float | None, path: P
         score = "" if silhouette is None else f"silhouette {silhouette:.2f}; "
         axes.set_title(_plain(f"{score}by {by.partition(':')[0]}"))
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=min(4, len(domains)))
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _cut(domain: DomainNumbers) -> int:
@@ -114,13 +92,6 @@ def _percentile(lengths: Lengths, share: float) -> int:
     return lengths.longest
 
 
-def _settings() -> Any:
-    from matplotlib import rc_context
-
-    context: Any = rc_context  # its type wants every name of a setting as a literal
-    return context(SETTINGS)
-
-
 def _figure(width: float, height: float, columns: int) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure  # not pyplot: no windows, no figures kept open
 
@@ -129,21 +100,9 @@ def _figure(width: float, height: float, columns: int) -> tuple[Any, list[Any]]:
 
 
 def _colours(number: int) -> list[str]:
-    return [COLOURS[index % len(COLOURS)] for index in range(number)]
+    return [PALETTE[index % len(PALETTE)].hex for index in range(number)]
 
 
 def _plain(name: str) -> str:
     """A name as it is: matplotlib would read what stands between dollar signs as mathematics."""
     return name.replace("$", r"\$")
-
-
-def _save(figure: Any, path: Path) -> None:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None}, bbox_inches="tight")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data.getvalue())
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path}: {error.strerror or error}. Free space or choose another place"
-        ) from error

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Protocol
 
 from ultrafuser.errors import ConfigError, DataError
 from ultrafuser.files import put_in_place, write_text_atomically
@@ -168,17 +168,15 @@ def data_file(domain: str, split: Split, file_format: FileFormat) -> str:
     return f"data/{domain}-{split}.{file_format}"
 
 
-class _Writer:
+class _Writer(Protocol):
     """A file to which rows are added."""
 
-    def add(self, row: dict[str, Any]) -> None:
-        raise NotImplementedError
+    def add(self, row: dict[str, Any]) -> None: ...
 
-    def close(self) -> None:
-        raise NotImplementedError
+    def close(self) -> None: ...
 
 
-class _JsonLines(_Writer):
+class _JsonLines:
     def __init__(self, path: Path) -> None:
         self._file: IO[str] = path.open("w", encoding="utf-8", newline="\n")
 
@@ -189,7 +187,7 @@ class _JsonLines(_Writer):
         self._file.close()
 
 
-class _Parquet(_Writer):
+class _Parquet:
     def __init__(self, path: Path, form: Form) -> None:
         import pyarrow.parquet as parquet
 

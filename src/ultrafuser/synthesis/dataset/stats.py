@@ -8,9 +8,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from ultrafuser.drawing.figures import can_draw
 from ultrafuser.errors import DataError
 from ultrafuser.files import write_text_atomically
-from ultrafuser.synthesis.dataset.charts import can_draw, draw_lengths, draw_map, draw_topics
+from ultrafuser.synthesis.dataset.charts import draw_lengths, draw_map, draw_topics
 from ultrafuser.synthesis.dataset.diversity import WORDS, Diversity, Embed, Place, Sample, can_compare, find_diversity
 from ultrafuser.synthesis.dataset.measure import CountLengths, DomainNumbers, count_words, measure_domain
 from ultrafuser.synthesis.dataset.records import SynthesisRecord, read_synthesis

@@ -1,0 +1,1 @@
+"""How things look: one palette everywhere, and figures drawn by matplotlib."""

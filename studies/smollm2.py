@@ -25,7 +25,8 @@ from ultrafuser.alignment.encode import Encoder
 from ultrafuser.analysis.results import Results, Score, write_results
 from ultrafuser.baselines.average import average_weights
 from ultrafuser.config.load import load_recipe
-from ultrafuser.config.recipe import Recipe, SpecialistConfig, TuneConfig
+from ultrafuser.config.recipe import Recipe, SpecialistConfig
+from ultrafuser.config.training import TuneConfig
 from ultrafuser.data.dataset import encode_records
 from ultrafuser.evaluation.intervals import bootstrap_mean_interval, paired_difference_interval
 from ultrafuser.evaluation.provenance import hardware, versions

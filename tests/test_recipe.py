@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from ultrafuser.config.load import apply_override, dump_recipe, load_recipe, parse_recipe
-from ultrafuser.config.recipe import Recipe, StageConfig
+from ultrafuser.config.recipe import Recipe
+from ultrafuser.config.training import StageConfig
 from ultrafuser.errors import ConfigError
 from ultrafuser.synthesis.domain import load_domain
 from ultrafuser.synthesis.load import load_synthesis

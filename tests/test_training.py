@@ -18,7 +18,7 @@ from training_helpers import (
     parameters,
     untimed_metrics,
 )
-from ultrafuser.config.recipe import StageConfig
+from ultrafuser.config.training import StageConfig
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.train import tracking

@@ -26,7 +26,7 @@ from training_helpers import (
     write_ingredients,
 )
 from ultrafuser.config.load import load_recipe
-from ultrafuser.config.recipe import Stage1CacheConfig
+from ultrafuser.config.training import Stage1CacheConfig
 from ultrafuser.errors import ConfigError, ModelError, TrainingError
 from ultrafuser.model.checkpoint import save_fused
 from ultrafuser.model.fused import FusedForCausalLM

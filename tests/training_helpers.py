@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ultrafuser.alignment.encode import Encoder
 from ultrafuser.chat.messages import Conversation, Message
-from ultrafuser.config.recipe import StageConfig, TrainConfig
+from ultrafuser.config.training import StageConfig, TrainConfig
 from ultrafuser.data.records import Record, content_id
 from ultrafuser.model.build import read_templates
 from ultrafuser.model.fused import FusedForCausalLM

@@ -18,7 +18,8 @@ from ultrafuser.baselines.fusechat import DistillingTrio
 from ultrafuser.baselines.merging import MergeMethod, merge_weights
 from ultrafuser.baselines.routing import RoutedGenerator
 from ultrafuser.baselines.selection import ChooseByJudge, ChooseByScore, Chooser, RewardModel, SelectingGenerator
-from ultrafuser.config.recipe import Recipe, SpecialistConfig, StageConfig, TuneConfig
+from ultrafuser.config.recipe import Recipe, SpecialistConfig
+from ultrafuser.config.training import StageConfig, TuneConfig
 from ultrafuser.errors import ConfigError
 from ultrafuser.evaluation.losses import score_losses
 from ultrafuser.evaluation.models import model_digest

@@ -12,10 +12,8 @@ from ultrafuser.config.recipe import (
     Recipe,
     SourceConfig,
     SpecialistConfig,
-    StageConfig,
-    TrainConfig,
-    TuneConfig,
 )
+from ultrafuser.config.training import StageConfig, TrainConfig, TuneConfig
 
 TEMPLATES = {"text": "ultralm", "code": "codellama", "math": "wizardmath"}
 DOMAINS = tuple(TEMPLATES)

@@ -14,7 +14,7 @@ from typing import Any, Self
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from ultrafuser.config.recipe import Fraction, Section
+from ultrafuser.config.section import Fraction, Section
 from ultrafuser.errors import ConfigError
 from ultrafuser.synthesis.gates.settings import StageGates
 from ultrafuser.synthesis.prompt import Prompt, load_prompt

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from ultrafuser.config.recipe import Fraction, Name, Section
+from ultrafuser.config.section import Fraction, Name, Section
 
 StageName = Literal[
     "meta_topics",

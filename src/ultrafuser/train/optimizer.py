@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ultrafuser.config.recipe import StageConfig
+from ultrafuser.config.training import StageConfig
 
 
 def learning_rate_factor(stage: StageConfig, step: int) -> float:

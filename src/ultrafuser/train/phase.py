@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ultrafuser.alignment.encode import EncodedRecord, Encoder
-from ultrafuser.config.recipe import StageConfig, TrainConfig
+from ultrafuser.config.training import StageConfig, TrainConfig
 from ultrafuser.data.records import Record
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.fused import FusedForCausalLM

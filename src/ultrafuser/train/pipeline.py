@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 
 from ultrafuser.alignment.encode import EncodedRecord, Encoder
 from ultrafuser.config.load import dump_recipe
-from ultrafuser.config.recipe import DataConfig, Recipe, SpecialistConfig, StageConfig
+from ultrafuser.config.recipe import DataConfig, Recipe, SpecialistConfig
+from ultrafuser.config.training import StageConfig
 from ultrafuser.data.dataset import Dataset, encode_records, load_dataset
 from ultrafuser.data.records import Record
 from ultrafuser.errors import CheckpointError, ConfigError, DataError

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
-from ultrafuser.config.recipe import Fraction, Section
+from ultrafuser.config.section import Fraction, Section
 
 Scope = Literal["domain", "topic"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ultrafuser.alignment.collate import micro_batches
 from ultrafuser.alignment.encode import EncodedRecord
-from ultrafuser.config.recipe import Stage1CacheConfig
+from ultrafuser.config.training import Stage1CacheConfig
 from ultrafuser.data.sampler import Draw
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.fusion import gate_weights

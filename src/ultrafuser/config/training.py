@@ -67,6 +67,8 @@ class ParallelConfig(Section):
     # fsdp: every process holds a part of every specialist. specialist: a group of processes for each specialist.
     mode: Literal["fsdp", "specialist"] = "fsdp"
     cpu_offload: bool = False  # parameters, gradients and optimizer state wait in host memory
+    replicate_frozen: bool = False  # every process holds frozen weights whole: more memory, and nothing to gather
+    timeout_s: PositiveFloat = 1800.0  # longest wait for another process within a step
 
 
 class TrainConfig(Section):

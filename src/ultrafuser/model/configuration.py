@@ -32,6 +32,7 @@ class FusedConfig(PreTrainedConfig):
         weighting: `gate` (paper), `uniform`, or `perplexity` (PackLLM, training-free).
         perplexity_temperature: Softness of the perplexity weights.
         solo: Name of the one specialist that answers alone, for ablation; None fuses.
+        shared_base: The specialists are adapters of one model, whose weights are kept once.
         gate_only: The folder holds the gate alone and refers to its specialists by `sources`.
         sources: `{"name", "model", "revision", "gguf_file", "adapter", "dtype", "digest"}` of each, in order.
         vocab_size: Tokens that all specialists share.
@@ -55,6 +56,7 @@ class FusedConfig(PreTrainedConfig):
         weighting: str = "gate",
         perplexity_temperature: float = 1.0,
         solo: str | None = None,
+        shared_base: bool = False,
         gate_only: bool = False,
         sources: list[dict[str, Any]] | None = None,
         vocab_size: int | None = None,
@@ -84,6 +86,7 @@ class FusedConfig(PreTrainedConfig):
         self.weighting = weighting
         self.perplexity_temperature = perplexity_temperature
         self.solo = solo
+        self.shared_base = shared_base
         self.gate_only = gate_only
         self.sources = list(sources or [])
         self.vocab_size = vocab_size or min((config.vocab_size for config in configs.values()), default=0)

@@ -1,192 +1,201 @@
-"""What every rank of test_engine_parallel.py runs, and the plays that one process runs, too.
+"""Runs of several processes for the tests of parallel training: a server that forks ranks, and the jobs they do.
 
-RANK=0 WORLD_SIZE=3 MASTER_ADDR=... MASTER_PORT=... python tests/parallel_ranks.py FOLDER PLAY...
+Run as a script this file is that server: it imports everything once, then forks the ranks of each run, so that a run
+of three processes starts in milliseconds.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
+from safetensors.torch import save_file
 
-from engine_helpers import CONTEXT, Heard, always_draft, finish, greedy, random_prompts, run
-from ultrafuser.engine.engine import Engine, EngineOptions
-from ultrafuser.engine.parallel import ParallelRunner, close_ranks, run_rank
-from ultrafuser.engine.ranks import join_ranks
-from ultrafuser.engine.requests import GenerationRequest
-from ultrafuser.engine.runner import Runner
-from ultrafuser.errors import UltrafuserError
-from ultrafuser.generation import SamplingParams
+from training_helpers import make_fused, make_phase
+from ultrafuser.config.training import ParallelConfig
+from ultrafuser.train.loop import Loop
+from ultrafuser.train.parallel.fsdp import FullyShard
+from ultrafuser.train.parallel.shards import whole
+from ultrafuser.train.parallel.single import Single
+from ultrafuser.train.parallel.world import World, begin_world
 
-OPTIONS = EngineOptions(max_context=CONTEXT, max_choices=4, drafts=("lookup", "self"), max_draft_choices=0, chunk=16)
-MIX = (
-    greedy(7, 21, 12, seed=1, max_tokens=14, ignore_end=True),
-    greedy(30, 5, 9, seed=2, max_tokens=6),
-    greedy(2, 3, 1, seed=3, max_tokens=20, log_probs=3),
-    greedy(40, 44, 50, seed=4, max_tokens=3, n=2),
-    greedy(11, 11, 11, seed=5, max_tokens=9, without=("code",)),
-    greedy(4, 9, 2, seed=7, max_tokens=9, weights={"text": 1.0, "math": 3.0}),
-    GenerationRequest(random_prompts(12, seed=8) * 3, SamplingParams(max_tokens=4, log_probs=2), score_prompt=True),
-    greedy(1, 1, 1, seed=6, max_tokens=1),
-)
+ALONE_S = 120.0  # longest run of a test, on a busy machine
 
 
-def say(*heard: Heard) -> list[Any]:
-    """What was heard, as JSON: per choice the tokens, why it ended, the weights; and what the prompt scored."""
-    return [
-        {
-            "ids": [one.ids(choice) for choice in range(one.num_choices)],
-            "reasons": one.reasons,
-            "weights": [one.weights(choice).tolist() for choice in range(one.num_choices)],
-            "prompt": [piece.log_prob for piece in one.prompt],
-            "log_probs": [[piece.log_prob for piece in pieces] for pieces in one.pieces],
-        }
-        for one in heard
-    ]
+class Ended(NamedTuple):
+    """How a rank ended: its exit code (negative: the signal) and what it said."""
+
+    code: int
+    said: str
 
 
-def play_mix(engine: Engine) -> list[Any]:
-    """More requests than slots."""
-    return say(*run(engine, *MIX))
+class RankServer:
+    """Forks the ranks of runs."""
+
+    def __init__(self) -> None:
+        paths = [str(Path(__file__).parent.parent / "src"), str(Path(__file__).parent)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def run(self, job: str, folder: Path, size: int, **arguments: Any) -> list[Ended]:
+        """Run a job of `JOBS` in so many processes and wait for all of them.
+
+        `kill` names a rank and a number, sent once `file` holds so many `lines`.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        request = {"job": job, "folder": str(folder), "size": size, **arguments}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return [Ended(*ended) for ended in json.loads(self.process.stdout.readline())]
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
-def play_joins(engine: Engine) -> list[Any]:
-    """Requests that come and go while others run; two are cancelled."""
-    heard = [Heard(request.params.n) for request in MIX]
-    added: list[Any] = []
-
-    def before_step(number: int) -> None:
-        if number % 2 == 0 and len(added) < len(MIX):
-            added.append(engine.add(MIX[len(added)], heard[len(added)]))
-        if number in (5, 11):
-            for choice in added[0 if number == 5 else 2]:
-                choice.cancelled = True
-
-    before_step(0)
-    finish(engine, before_step)
-    return say(*heard)
-
-
-def play_drafts(engine: Engine) -> list[Any]:
-    """Lookups and drafts of one specialist take turns."""
-    engine.options = replace(engine.options, max_draft_choices=4)
-    always_draft(engine, "lookup", "self")
-    heard = run(engine, *MIX)
-    assert engine.stats().drafted_tokens > 0
-    return say(*heard)
-
-
-def play_count(engine: Engine) -> list[Any]:
-    """Sums and messages of one request of twelve tokens, and of four requests in one batch."""
-    if not isinstance(engine.runner, ParallelRunner):
-        return []
-    ranks, counts = engine.runner.ranks, []
-    for requests in (MIX[:1], [greedy(5, 6, 7, seed=s, max_tokens=14, ignore_end=True) for s in range(3)]):
-        sums, messages, steps = ranks.num_collectives, ranks.num_messages, engine.stats().steps
-        run(engine, *requests)
-        counts.append([ranks.num_collectives - sums, ranks.num_messages - messages, engine.stats().steps - steps])
-    return counts
-
-
-def play_memory(engine: Engine) -> list[Any]:
-    """The second rank has too little memory once; what ran ends and the engine goes on."""
-    heard = Heard()
-    engine.add(greedy(60, 60, 60, seed=1), heard)
-    error = _failure(lambda: finish(engine))
-    engine.fail_all("out of memory")
-    return [error, *say(*run(engine, MIX[0]))]
-
-
-def play_killed(engine: Engine) -> list[Any]:
-    """The last rank is killed in the middle."""
-    return _lose(engine, signal.SIGKILL)
-
-
-def play_hung(engine: Engine) -> list[Any]:
-    """The last rank stops in the middle."""
-    return _lose(engine, signal.SIGSTOP)
-
-
-def _lose(engine: Engine, how: signal.Signals) -> list[Any]:
-    heard = Heard()
-    engine.add(MIX[2], heard)
-    for _ in range(8):
-        engine.step()
-    pid = int((Path(sys.argv[1]) / "pid-2").read_text())
-    os.kill(pid, how)
-    start = time.monotonic()
-    errors = [_failure(lambda: finish(engine)), _failure(lambda: finish(engine))]
-    seconds = time.monotonic() - start
-    if how == signal.SIGSTOP:
-        os.kill(pid, signal.SIGKILL)
-    return [*errors, seconds, len(heard.ids())]
-
-
-def _failure(work: Callable[[], object]) -> str:
+@contextmanager
+def rank_server() -> Iterator[RankServer]:
+    server = RankServer()
     try:
-        work()
-    except (UltrafuserError, torch.OutOfMemoryError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
+        yield server
+    finally:
+        server.close()
 
 
-def _fail_once() -> None:
-    """Let a pass of many tokens end as the CPU's allocator does."""
-    usual = Runner.hidden
-
-    def hidden(self: Runner, feeds: Any) -> Any:
-        if max(len(tokens) for feed in feeds.values() for tokens in feed.tokens) > 12:
-            Runner.hidden = usual  # type: ignore[method-assign]
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return usual(self, feeds)
-
-    Runner.hidden = hidden  # type: ignore[method-assign]
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
-PLAYS: dict[str, Callable[[Engine], list[Any]]] = {
-    "mix": play_mix,
-    "joins": play_joins,
-    "drafts": play_drafts,
-    "count": play_count,
-    "memory": play_memory,
-    "killed": play_killed,
-    "hung": play_hung,
-}
+def strategy_of(world: World, parallel: Mapping[str, Any], *, bf16: bool) -> Any:
+    return FullyShard(world, ParallelConfig(**parallel), bf16=bf16) if world.size > 1 else Single(world)
 
 
-def main() -> None:
-    """Each play on a model of its own folder: MODEL:PLAY,PLAY."""
-    folder = Path(sys.argv[1])
-    rank = int(os.environ["RANK"])
-    (folder / f"pid-{rank}").write_text(str(os.getpid()))
-    results: dict[str, Any] = {}
-    join_ranks(timeout_s=60.0)  # and not once for each model
-    for job in sys.argv[2:]:
-        model, _, plays = job.partition(":")
-        if "memory" in plays and rank == 1:
-            _fail_once()
-        try:
-            engine = run_rank(str(folder / model), OPTIONS, timeout_s=2.0 if "hung" in plays else 60.0)
-        except UltrafuserError as error:
-            (folder / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
-            sys.exit(3)
-        if engine is None:
-            continue
-        for play in plays.split(","):
-            results[f"{model}:{play}"] = PLAYS[play](engine)
-        (folder / "results.json").write_text(json.dumps(results))
-        close_ranks(engine)
-    dist.destroy_process_group()
+def run_phases(folder: Path, runs: Mapping[str, Mapping[str, Any]], **_: Any) -> None:
+    """Train phases that are made in memory; of each leave `<run>/final.safetensors` beside its metrics."""
+    with begin_world("cpu", timeout_s=60) as world:
+        for name, run in runs.items():
+            train: Mapping[str, Any] = run.get("train", {})
+            torch.manual_seed(0)
+            model = make_fused(**run.get("model", {}))
+            if run.get("untied"):
+                untie(model)
+            phase = make_phase(folder / name, model=model, name=name, stage=run.get("stage", {}), train=train)
+            strategy = strategy_of(world, run.get("parallel", {}), bf16=train.get("precision") == "bf16")
+            with world.in_turn():
+                loop = Loop(phase, strategy)
+            loop.run()
+            final = {name: whole(p.detach()).contiguous() for name, p in model.named_parameters()}
+            if world.is_main:
+                save_file(final, folder / name / "final.safetensors")
+            world.barrier()
+
+
+def untie(model: Any) -> None:
+    """Give every specialist a head of its own, of other values than its embedding."""
+    for specialist in model.specialists.values():
+        head = specialist.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone() * 0.5)
+        specialist.config.tie_word_embeddings = False
+
+
+def run_command(folder: Path, overrides: Sequence[str] = (), **_: Any) -> None:
+    """`ultrafuser train` as a user calls it."""
+    from ultrafuser.cli.main import run
+
+    sys.argv = ["ultrafuser", "train", str(folder / "tiny.yaml"), *(part for o in overrides for part in ("--set", o))]
+    run()
+
+
+JOBS: dict[str, Callable[..., None]] = {"phases": run_phases, "command": run_command}
+
+
+def _serve() -> None:
+    torch.set_num_threads(1)
+    # What a run imports on its way, so that no rank has to.
+    for module in ("torch.utils.tensorboard", "ultrafuser.cli.main", "ultrafuser.train.pipeline", "torch._dynamo"):
+        with suppress(ImportError):
+            importlib.import_module(module)
+    for line in sys.stdin:
+        print(json.dumps(_run_ranks(json.loads(line))), flush=True)
+
+
+def _run_ranks(request: Mapping[str, Any]) -> list[tuple[int, str]]:
+    folder, size, port = Path(request["folder"]), request["size"], free_port()
+    ranks = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            _run_rank(request, folder, rank, size, port)
+        ranks.append(child)
+    statuses = _await(ranks, request)
+    said = [(folder / f"said-{rank}").read_text(errors="replace") for rank in range(size)]
+    return [(os.waitstatus_to_exitcode(status), text) for status, text in zip(statuses, said, strict=True)]
+
+
+def _await(ranks: Sequence[int], request: Mapping[str, Any]) -> list[int]:
+    """Wait for all; send the signal asked for once a file holds so many lines; end those that hang."""
+    wanted, deadline = request.get("kill"), time.monotonic() + ALONE_S
+    statuses: dict[int, int] = {}
+    while len(statuses) < len(ranks):
+        for child in ranks:
+            if child not in statuses:
+                pid, status = os.waitpid(child, os.WNOHANG)
+                if pid:
+                    statuses[child] = status
+        if wanted is not None and (path := Path(request["folder"]) / wanted["file"]).exists():
+            if path.read_text().count("\n") >= wanted["lines"]:
+                os.kill(ranks[wanted["rank"]], wanted["number"])
+                wanted = None
+        if time.monotonic() > deadline:
+            for child in set(ranks) - set(statuses):
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.002)
+    return [statuses[child] for child in ranks]
+
+
+def _run_rank(request: Mapping[str, Any], folder: Path, rank: int, size: int, port: int) -> None:
+    code = 0
+    if size > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= request.get("environment", {}).get(str(rank), {})
+    try:
+        with (folder / f"said-{rank}").open("w") as file:
+            os.dup2(file.fileno(), 2)
+            os.dup2(file.fileno(), 1)
+        arguments = {key: value for key, value in request.items() if key not in ("job", "folder", "size")}
+        JOBS[request["job"]](folder, **arguments)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        code = 99
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":
-    main()
+    _serve()

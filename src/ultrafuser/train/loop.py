@@ -1,7 +1,8 @@
 """The training loop: steps over one model, from the newest checkpoint to the last step.
 
 One loop serves every phase: a specialist's fine-tuning (n = 1), stage 1 (the gate alone), stage 2 (everything). The
-loss of a step is the sum of response NLL over the response tokens of the whole batch, however it is cut into pieces.
+loss of a step is the sum of response NLL over the response tokens of the whole batch, however it is cut into pieces and
+dealt to processes. Several processes run the same loop side by side; how they share model and batch is a `Strategy`.
 
 Source: Ding et al. 2024 (arXiv 2403.08281), Algorithm 1, Appendix B.
 """
@@ -13,20 +14,32 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ultrafuser.alignment.collate import collate, micro_batches
+from ultrafuser.alignment.collate import collate
 from ultrafuser.alignment.encode import EncodedRecord
 from ultrafuser.data.compose import compose
 from ultrafuser.data.dataset import truncate
 from ultrafuser.data.sampler import Draw, Sampler
 from ultrafuser.errors import CheckpointError, TrainingError
 from ultrafuser.model.memory import peak_bytes
-from ultrafuser.train.checkpoint import Checkpoint, list_checkpoints, read_newest, write_checkpoint
+from ultrafuser.train.checkpoint import (
+    Checkpoint,
+    find_newest,
+    list_checkpoints,
+    read_checkpoint,
+    read_state,
+    write_checkpoint,
+)
 from ultrafuser.train.optimizer import NamedAdamW
+from ultrafuser.train.parallel.checkpoint import load_shards, write_shards
+from ultrafuser.train.parallel.single import Single
+from ultrafuser.train.parallel.strategy import Share, Strategy
+from ultrafuser.train.parallel.world import World, lost_peer
 from ultrafuser.train.phase import Phase, choose_parameters, hash_phase
 from ultrafuser.train.signals import StopRequest
 from ultrafuser.train.sums import Sums
@@ -40,18 +53,25 @@ COMPOSED = "composed"  # the domain that joined records are counted under
 class Loop:
     """Runs a phase to its end, going on from the newest whole checkpoint.
 
+    Args:
+        phase: What to train; its model is whole.
+        strategy: How several processes share it; None: this process is the only one.
+
     Raises:
         CheckpointError: The checkpoints there were made with other settings, or the disk refuses.
-        TrainingError: The loss or the gradient is no longer finite; names the records of the batch.
+        TrainingError: The loss or the gradient is no longer finite; names the records of the batch. Or another process
+            ended.
     """
 
-    def __init__(self, phase: Phase) -> None:
+    def __init__(self, phase: Phase, strategy: Strategy | None = None) -> None:
         self.phase = phase
         self.stage, self.train = phase.stage, phase.train
-        self.device = phase.model.device
-        self.trained = choose_parameters(
-            phase.model, train_specialists=phase.stage.train_specialists, only=phase.trained
-        )
+        self.strategy: Strategy = strategy if strategy is not None else Single(World(device=phase.model.device))
+        self.world = self.strategy.world
+        self.device = self.world.device
+        trained = choose_parameters(phase.model, train_specialists=phase.stage.train_specialists, only=phase.trained)
+        self.fingerprint = hash_phase(phase, trained)
+        self.trained = self.strategy.prepare(phase.model, trained)
         self.optimizer = NamedAdamW(self.trained, phase.stage)
         self.sampler = Sampler(
             {domain: len(records) for domain, records in phase.records.items()},
@@ -60,11 +80,24 @@ class Loop:
             composed_share=phase.stage.composed_share,
             kind=phase.train.sampler,
         )
-        self.fingerprint = hash_phase(phase, self.trained)
         self.checkpoints = phase.folder / "checkpoints"
 
     def run(self) -> None:
         """Train until the last step; returns with the model trained and its last checkpoint on disk."""
+        try:
+            self._run()
+        except RuntimeError as error:
+            if (reason := lost_peer(error)) is None:
+                raise
+            saved = list_checkpoints(self.checkpoints)
+            start = f"from {saved[-1].name}" if saved else "from the start of the phase"
+            raise TrainingError(
+                f"{self.phase.name}: a process of this run ended or does not answer ({reason}); start again to go on "
+                f"{start}"
+            ) from error
+
+    def _run(self) -> None:
+        self.world.agree("model, data or recipe", self.fingerprint)
         step = self._resume()
         if step >= self.stage.steps:
             return
@@ -76,20 +109,28 @@ class Loop:
             for specialist in model.specialists.values():
                 specialist.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         try:
-            with Tracker(self.phase.name, self.phase.folder, step, self.stage.steps) as tracker, StopRequest() as stop:
+            with self._tracker(step) as tracker, StopRequest(self.world) as stop:
                 while step < self.stage.steps:
                     values = self._step(step)
                     step += 1
                     is_last = step == self.stage.steps
                     if is_last or step % self.train.validate_every == 0:
                         values["validation"] = self.validate()
-                    tracker.note(values)
-                    if is_last or stop.made or step % self.train.checkpoint_every == 0:
+                    if tracker is not None:
+                        tracker.note(values)
+                    is_stopping = stop.agreed()
+                    if is_last or is_stopping or step % self.train.checkpoint_every == 0:
                         self._save(step)
-                    if stop.made:
+                    if is_stopping:
                         raise KeyboardInterrupt
         finally:
             model.train(False)
+
+    def _tracker(self, step: int) -> AbstractContextManager[Tracker | None]:
+        """Who is told of every step; of several processes the first tells."""
+        if not self.world.is_main:
+            return nullcontext()
+        return Tracker(self.phase.name, self.phase.folder, step, self.stage.steps)
 
     def _begin(self, step: int) -> None:
         """What is to be done once, before the first step that is run."""
@@ -97,17 +138,20 @@ class Loop:
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step on the batch of this step; returns its line of metrics."""
         began = time.perf_counter()
-        torch.manual_seed(_mix(self.phase.seed, self.phase.name, step))  # dropout, too, depends on the step alone
+        self._seed(step)
         records = [self._record(draw) for draw in self.sampler.batch(step)]
         num_tokens = sum(record.num_response_tokens for record in records)
         sums = Sums()
-        for piece, nll, weights in self._forward(records):
+        for share, nll, weights in self._forward(records):
             loss = nll.sum() / num_tokens
             if self.stage.gate_entropy and len(self.phase.model.names) > 1:
                 loss = loss + self.stage.gate_entropy * (weights * weights.clamp_min(1e-9).log()).sum() / num_tokens
-            loss.backward()  # type: ignore[no-untyped-call]
-            sums.add(piece, nll, weights)
-        norm = self._clip()
+            # A share that does not count goes backward all the same: other processes wait for it on the way.
+            (loss * (self.strategy.loss_scale if share.counts else 0.0)).backward()  # type: ignore[no-untyped-call]
+            if share.counts:
+                sums.add(share.records, nll, weights)
+        sums = self._over_all(sums)
+        norm = self.strategy.clip(self.trained, self.stage.max_grad_norm)
         if not (math.isfinite(sums.loss()) and math.isfinite(norm)):
             raise self._not_finite(step, sums, norm, records)
         rate = self.optimizer.step(step)
@@ -131,18 +175,29 @@ class Loop:
         self.phase.model.train(False)
         sums = Sums()
         for records in self.phase.validation.values():
-            for piece in self._forward(list(records)[: self.train.validation_records]):
-                sums.add(*piece)
+            for share, nll, weights in self._forward(list(records)[: self.train.validation_records]):
+                if share.counts:
+                    sums.add(share.records, nll, weights)
         self.phase.model.train()
-        return sums.loss_per_domain()
+        return self._over_all(sums).loss_per_domain()
 
-    def _forward(self, records: Sequence[EncodedRecord]) -> Iterator[tuple[list[EncodedRecord], Tensor, Tensor]]:
-        """Piece by piece: its records, NLL [M] and gate weights [M, N] of their response tokens."""
-        for piece in micro_batches(records, max_columns=self.train.micro_batch_tokens):
-            batch = collate(piece, pad_id=self.phase.encoder.pad_id)
+    def _over_all(self, sums: Sums) -> Sums:
+        """The sums of all processes."""
+        domains = sorted({*self.phase.records, *self.phase.validation, COMPOSED})
+        return self.strategy.add_up(sums, domains=domains, num_specialists=len(self.phase.model.names))
+
+    def _seed(self, step: int) -> None:
+        """Dropout, too, depends on the step alone (and on the process, for each has other records)."""
+        place = (self.world.rank,) if self.world.size > 1 else ()
+        torch.manual_seed(_mix(self.phase.seed, self.phase.name, step, *place))
+
+    def _forward(self, records: Sequence[EncodedRecord]) -> Iterator[tuple[Share, Tensor, Tensor]]:
+        """This process's shares of a batch: NLL [M] and gate weights [M, N] of their response tokens."""
+        for share in self.strategy.deal(records, max_columns=self.train.micro_batch_tokens):
+            batch = collate(share.records, pad_id=self.phase.encoder.pad_id).tensors(self.device)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.train.precision == "bf16"):
-                nll, weights, _ = self.phase.model.response_nll(**batch.tensors(self.device))
-            yield piece, nll, weights
+                nll, weights = self.strategy.response_nll(self.phase.model, batch)
+            yield share, nll, weights
 
     def _record(self, draw: Draw) -> EncodedRecord:
         record = self.phase.records[draw.domain][draw.index]
@@ -157,13 +212,6 @@ class Loop:
         # Two records that fit alone may not fit together; where not even both questions do, the first stands alone.
         return truncate(joined, self.phase.max_length) or record
 
-    def _clip(self) -> float:
-        """Norm of the whole gradient before it is clipped."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
-        if self.stage.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(list(self.trained.values()), self.stage.max_grad_norm, norm)
-        return float(norm)
-
     def _not_finite(self, step: int, sums: Sums, norm: float, records: Sequence[EncodedRecord]) -> TrainingError:
         bad = [domain for domain, nll in sums.nll.items() if not math.isfinite(nll)]
         shown = [record for record in records if not bad or record.domain in bad]
@@ -176,29 +224,37 @@ class Loop:
         )
 
     def _save(self, step: int) -> None:
-        write_checkpoint(
-            self.checkpoints,
-            Checkpoint(step, dict(self.trained), self.optimizer.state(), {"fingerprint": self.fingerprint}),
-            keep=self.train.keep_checkpoints,
-        )
+        checkpoint = Checkpoint(step, dict(self.trained), self.optimizer.state(), {"fingerprint": self.fingerprint})
+        if self.world.size == 1:
+            write_checkpoint(self.checkpoints, checkpoint, keep=self.train.keep_checkpoints)
+        else:
+            write_shards(self.checkpoints, checkpoint, keep=self.train.keep_checkpoints, world=self.world)
 
     @torch.no_grad()
     def _resume(self) -> int:
         """Take over the newest whole checkpoint; returns the step to go on with."""
-        checkpoint = read_newest(self.checkpoints)
-        if checkpoint is None:
+        path = find_newest(self.checkpoints, self.world)
+        if path is None:
             return 0
-        if checkpoint.state["fingerprint"] != self.fingerprint:
+        state = read_state(path)
+        if state["fingerprint"] != self.fingerprint:
             raise CheckpointError(
                 f"{self.checkpoints} was made with other settings, data or weights: choose another output folder, or "
                 "delete it to start this phase anew"
             )
-        for name, value in checkpoint.parameters.items():
-            self.trained[name].copy_(value)
-        self.optimizer.load(checkpoint.optimizer)
-        if 0 < checkpoint.step < self.stage.steps:
-            logger.warning("%s goes on from step %d of %d", self.phase.name, checkpoint.step, self.stage.steps)
-        return checkpoint.step
+        if self.world.size == 1:
+            checkpoint = read_checkpoint(path)
+            for name, value in checkpoint.parameters.items():
+                self.trained[name].copy_(value)
+            self.optimizer.load(checkpoint.optimizer)
+        else:
+            slots = self.optimizer.slots()
+            load_shards(path, self.trained, slots, self.world)
+            self.optimizer.load(slots, copy=False)
+        step: int = state["step"]
+        if self.world.is_main and 0 < step < self.stage.steps:
+            logger.warning("%s goes on from step %d of %d", self.phase.name, step, self.stage.steps)
+        return step
 
 
 def _mix(*parts: object) -> int:

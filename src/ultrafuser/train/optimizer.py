@@ -63,14 +63,22 @@ class NamedAdamW:
             for slot, value in self.adamw.state.get(parameter, {}).items()
         }
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state given by `state`."""
+    def slots(self) -> dict[str, Tensor]:
+        """Room for a state as `state` gives it after a step, laid out as the parameters are, all zero."""
+        room: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            room |= {f"{name}/{slot}": torch.zeros_like(parameter) for slot in ("exp_avg", "exp_avg_sq")}
+            room[f"{name}/step"] = torch.zeros((), device=parameter.device if parameter.is_cuda else "cpu")
+        return room
+
+    def load(self, state: Mapping[str, Tensor], *, copy: bool = True) -> None:
+        """Take over a state given by `state`; without `copy` the tensors themselves, which are then the optimizer's."""
         for key, value in state.items():
             name, slot = key.rsplit("/", 1)
             parameter = self.parameters[name]
             device = "cpu" if slot == "step" and not parameter.is_cuda else parameter.device
             # A copy: what safetensors reads is backed by the file, which is deleted when newer checkpoints come.
-            self.adamw.state[parameter][slot] = value.to(device, copy=True)
+            self.adamw.state[parameter][slot] = value.to(device, copy=copy)
 
 
 def is_gate(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +30,25 @@ class Sums:
             self.tokens[domain] = self.tokens.get(domain, 0) + len(values)
             total = rows.sum(dim=0).cpu()
             self.weights[domain] = self.weights[domain] + total if domain in self.weights else total
+
+    def over(self, add_up: Callable[[Tensor], Tensor], *, domains: Sequence[str], num_specialists: int) -> Sums:
+        """The sums of several processes put together; the same in each.
+
+        Args:
+            add_up: Sums a tensor over the processes.
+            domains: All that may occur, in the same order in every process.
+            num_specialists: N.
+        """
+        table = torch.zeros(len(domains), 2 + num_specialists, dtype=torch.float64)
+        for row, domain in zip(table, domains, strict=True):
+            if domain in self.nll:
+                row[0], row[1], row[2:] = self.nll[domain], self.tokens[domain], self.weights[domain]
+        total = Sums()
+        for row, domain in zip(add_up(table), domains, strict=True):
+            if row[1] > 0:
+                total.nll[domain], total.tokens[domain] = float(row[0]), int(row[1])
+                total.weights[domain] = row[2:]
+        return total
 
     def loss(self) -> float:
         """NLL per response token, nats."""

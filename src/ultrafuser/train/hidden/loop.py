@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultrafuser.alignment.collate import micro_batches
 from ultrafuser.alignment.encode import EncodedRecord
 from ultrafuser.config.training import Stage1CacheConfig
 from ultrafuser.data.sampler import Draw
@@ -28,6 +27,7 @@ from ultrafuser.train.hidden.fill import Specialists, fill
 from ultrafuser.train.hidden.plan import GB, Plan, Window, describe_plan, make_plan, measure_flops
 from ultrafuser.train.hidden.store import HiddenStore, check_folder, hash_vocabulary
 from ultrafuser.train.loop import Loop
+from ultrafuser.train.parallel.strategy import Share
 from ultrafuser.train.phase import Phase
 
 
@@ -166,10 +166,11 @@ class CachedLoop(Loop):
             self._steps.open([window])
         return super()._step(step)
 
-    def _forward(self, records: Sequence[EncodedRecord]) -> Iterator[tuple[list[EncodedRecord], Tensor, Tensor]]:
+    def _forward(self, records: Sequence[EncodedRecord]) -> Iterator[tuple[Share, Tensor, Tensor]]:
         """Piece by piece, as `Loop` cuts them: hidden states from disk, gate, heads."""
         model = self.phase.model
-        for piece in micro_batches(records, max_columns=self.train.micro_batch_tokens):
+        for share in self.strategy.deal(records, max_columns=self.train.micro_batch_tokens):
+            piece = share.records
             hiddens = {name: self._reading.rows(name, piece).to(self.device) for name in model.names}
             labels = torch.tensor([token for r in piece for turn in r.turns for token in turn.response])
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16):
@@ -178,7 +179,7 @@ class CachedLoop(Loop):
                     scores = scores[response_starts(piece).to(self.device)]
                 weights = gate_weights(scores)
                 nll = model.token_loss(hiddens, weights, labels.to(self.device)).nll
-            yield piece, nll, weights
+            yield share, nll, weights
 
     def _record(self, draw: Draw) -> EncodedRecord:
         return super()._record(draw) if draw.joined is None else self._composed[draw]

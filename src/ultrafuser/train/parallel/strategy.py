@@ -71,11 +71,12 @@ class Strategy(Protocol):
         """Scale the gradients to a norm of at most `max_norm` in place; returns the norm of all of them before."""
         ...
 
-    def add_up(self, sums: Sums, domains: Sequence[str]) -> Sums:
+    def add_up(self, sums: Sums, *, domains: Sequence[str], num_specialists: int) -> Sums:
         """The sums of all processes, each response token counted once.
 
         Args:
             sums: Of this process's shares.
             domains: All that may be in some process's sums.
+            num_specialists: N.
         """
         ...

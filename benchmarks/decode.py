@@ -44,12 +44,12 @@ from ultrafuser.engine.bench import (
 from ultrafuser.engine.drafts import DraftKind
 from ultrafuser.engine.engine import Engine, EngineOptions
 from ultrafuser.errors import ConfigError
-from ultrafuser.evaluation.provenance import hardware, versions
 from ultrafuser.files import write_text_atomically
 from ultrafuser.generation import SamplingParams
 from ultrafuser.model.build import read_templates
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.fusion import fuse_logits, gate_weights
+from ultrafuser.provenance import hardware, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("ULTRAFUSER_DATA", ROOT.parent / "shared" / "data"))

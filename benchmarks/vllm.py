@@ -32,10 +32,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ultrafuser.evaluation.provenance import hardware, versions
 from ultrafuser.files import write_text_atomically
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.load import load_model
+from ultrafuser.provenance import hardware, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "Tell me what you know about the number {} and why it matters to a child at school."

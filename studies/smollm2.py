@@ -29,7 +29,6 @@ from ultrafuser.config.recipe import Recipe, SpecialistConfig
 from ultrafuser.config.training import TuneConfig
 from ultrafuser.data.dataset import encode_records
 from ultrafuser.evaluation.intervals import bootstrap_mean_interval, paired_difference_interval
-from ultrafuser.evaluation.provenance import hardware, versions
 from ultrafuser.files import write_text_atomically
 from ultrafuser.model.backbone import last_hidden_state
 from ultrafuser.model.build import read_templates
@@ -38,6 +37,7 @@ from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.fusion import gate_weights
 from ultrafuser.model.loss import fused_nll
 from ultrafuser.model.specialist import load_specialist, load_tokenizer
+from ultrafuser.provenance import hardware, versions
 from ultrafuser.train.pipeline import Trainer
 from ultrafuser.train.tracking import read_metrics
 

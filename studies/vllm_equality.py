@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from ultrafuser.evaluation.provenance import hardware, versions
 from ultrafuser.export.records import held_out_conversations
 from ultrafuser.files import write_text_atomically
 from ultrafuser.generation import SamplingParams
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.generator import FusedGenerator
 from ultrafuser.model.load import LoadOptions, load_model
+from ultrafuser.provenance import hardware, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -28,12 +28,12 @@ from ultrafuser.compare.table import COST_COLUMNS, markdown_table
 from ultrafuser.compare.workshop import Plan, Workshop
 from ultrafuser.config.recipe import Recipe
 from ultrafuser.errors import ConfigError, ModelError
-from ultrafuser.evaluation.provenance import hardware, versions
 from ultrafuser.evaluation.run import Watch
 from ultrafuser.files import write_text_atomically
 from ultrafuser.generation import Generator, SamplingParams
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.memory import peak_bytes, reset_peak
+from ultrafuser.provenance import hardware, versions
 
 TIMED_TOKENS = 32
 

@@ -29,11 +29,11 @@ from ultrafuser.demo.ingredients import train_tokenizer, untrained_model, write_
 from ultrafuser.demo.recipe import BASE, DOMAINS, FURTHER, ITEMS_PER_DOMAIN, TEMPLATES, TEST_ITEMS, demo_recipe, tuned
 from ultrafuser.demo.world import Split, make_items
 from ultrafuser.evaluation.losses import score_losses
-from ultrafuser.evaluation.provenance import hardware, versions
 from ultrafuser.model.checkpoint import save_fused
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.generator import FusedGenerator
 from ultrafuser.model.specialist import load_specialist
+from ultrafuser.provenance import hardware, versions
 from ultrafuser.train.pipeline import Trainer
 from ultrafuser.train.tracking import read_metrics
 

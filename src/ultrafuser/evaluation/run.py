@@ -272,7 +272,7 @@ class _Plan:
         self, models: Mapping[str, ModelSource], scores: Sequence[TaskScore], items: Sequence[ItemResult]
     ) -> EvaluationResults:
         """All that is known so far."""
-        from ultrafuser.evaluation.provenance import hardware, versions
+        from ultrafuser.provenance import hardware, versions
 
         options = self.options
         headlines = {task: source.headline for task, source in self.sources.items() if source.headline}

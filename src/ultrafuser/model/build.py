@@ -199,7 +199,7 @@ def assemble(
         fused = cls(config)
     for name, model in models.items():
         fused.specialists[name] = model
-    fused.fusion_gate = new_gate(config, seed).to(next(iter(models.values())).device)
+    fused.fusion_gate = new_gate(config, seed).to(fused.device)
     fused.train(False)
     return fused
 

@@ -8,7 +8,7 @@ Shapes: M tokens, C of them in a chunk, N specialists, H hidden size (may differ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,8 @@ class Inputs:
         biases: Of each head, or None.
         dtypes: Type in which each head is multiplied.
         chunk: Tokens at a time.
+        add_others: Adds to a chunk's logits [C, V], in place, those of specialists that other processes hold; None: all
+            are here.
     """
 
     weights: Float[Tensor, "M N"]
@@ -37,6 +39,7 @@ class Inputs:
     biases: Sequence[Tensor | None]
     dtypes: Sequence[torch.dtype]
     chunk: int
+    add_others: Callable[[Tensor], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,8 @@ class ChunkedPass:
         hiddens = [h[rows].to(dtype) for h, dtype in zip(self.inputs.hiddens, self.inputs.dtypes, strict=True)]
         own = self._fuse(hiddens, mix, rows)
         logits = self._take("fused", self.exact, len(target))
+        if self.inputs.add_others is not None:
+            self.inputs.add_others(logits)
         if self.wanted.details:
             self.losses.hit[rows] = logits.argmax(dim=-1) == target[:, 0]
         # In place, so that logits, exponentials and probabilities are one buffer.

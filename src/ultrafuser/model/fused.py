@@ -337,24 +337,27 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
             weights = first.new_zeros((*first.shape[:-1], len(self.names)), dtype=torch.float32)
             weights[..., self.names.index(only)] = 1.0
             return weights
-        weighting = self.config.weighting
-        if weighting == "uniform":
+        if self.config.weighting == "uniform":
             return gate_weights(uniform_scores(first, len(self.names)))
-        carried = cache.held_scores if cache is not None else None
-        if weighting == "perplexity":
-            if carried is not None:
-                scores = uniform_scores(first, len(self.names))  # covered by the carried ones below
-            elif cache is not None and int(cache.get_seq_length()) > first.shape[1]:
-                raise ModelError(_WHOLE_PROMPT)
-            else:
-                scores = self._perplexity_scores(hiddens, views)
-        else:
-            scores = self.fusion_gate(list(hiddens.values()), list(hiddens))
-        if starts is not None and (self.config.granularity == "prompt" or weighting == "perplexity"):
-            scores = hold_scores(scores, starts, carried)
+        scores = self._scores(hiddens, views, cache)
+        if starts is not None and (self.config.granularity == "prompt" or self.config.weighting == "perplexity"):
+            scores = hold_scores(scores, starts, cache.held_scores if cache is not None else None)
             if cache is not None and prompt_length is not None:
                 cache.held_scores = scores[:, -1]
         return gate_weights(scores)
+
+    def _scores(
+        self, hiddens: Mapping[str, Tensor], views: Mapping[str, tuple[Tensor, Any]], cache: FusedCache | None
+    ) -> Tensor:
+        """Scores [..., N] of the specialists that run, by the gate or by their perplexity."""
+        if self.config.weighting == "gate":
+            return self.fusion_gate(list(hiddens.values()), list(hiddens))  # type: ignore[no-any-return]
+        first = next(iter(hiddens.values()))
+        if cache is not None and cache.held_scores is not None:
+            return uniform_scores(first, len(self.names))  # the carried ones hold
+        if cache is not None and int(cache.get_seq_length()) > first.shape[1]:
+            raise ModelError(_WHOLE_PROMPT)
+        return self._perplexity_scores(hiddens, views)
 
     def _perplexity_scores(self, hiddens: Mapping[str, Tensor], views: Mapping[str, tuple[Tensor, Any]]) -> Tensor:
         """Scores [B, T, N] from how well each specialist predicts the text it has seen, a head at a time."""

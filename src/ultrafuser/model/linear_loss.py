@@ -8,7 +8,7 @@ Shapes: M tokens, N specialists, H hidden size (may differ), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,16 +34,17 @@ class LinearLoss(torch.autograd.Function):
         chunk: int,
         details: bool,
         gradients: bool,
+        add_others: Callable[[Tensor], None] | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, and with it the gradients for the case that every token counts alike."""
-        needed = [gradients and need for need in (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:])]
+        needed = [gradients and need for need in (ctx.needs_input_grad[0], *ctx.needs_input_grad[7:])]
         wanted = Wanted(needed[0], needed[1::3], needed[2::3], needed[3::3], details)
-        inputs = _inputs(weights, labels, tensors, dtypes, chunk)
+        inputs = _inputs(weights, labels, tensors, dtypes, chunk, add_others)
         losses, made = ChunkedPass(inputs, wanted).run()
         if any(needed):
             ctx.save_for_backward(weights, labels, *tensors)
-            ctx.options = dtypes, chunk
+            ctx.options = dtypes, chunk, add_others
             ctx.wanted = Wanted(wanted.weights, wanted.hiddens, wanted.heads, wanted.biases)
             ctx.gradients = made
         ctx.mark_non_differentiable(losses.hit, losses.specialist_nll)
@@ -67,7 +68,7 @@ class LinearLoss(torch.autograd.Function):
                 if total is not None:
                     total.mul_(scale[0])
         per_specialist = zip(made.hiddens, made.heads, made.biases, strict=True)
-        return made.weights, None, None, None, None, None, *(g for three in per_specialist for g in three)
+        return made.weights, None, None, None, None, None, None, *(g for three in per_specialist for g in three)
 
 
 def linear_loss(
@@ -79,6 +80,7 @@ def linear_loss(
     *,
     chunk: int,
     details: bool = False,
+    add_others: Callable[[Tensor], None] | None = None,
 ) -> tuple[Float[Tensor, " M"], Bool[Tensor, " _"], Float[Tensor, "_ N"]]:
     """NLL of each label under the weighted sum of n linear heads, nats.
 
@@ -92,6 +94,8 @@ def linear_loss(
         biases: Of the heads, None where there is none.
         chunk: Tokens whose logits are held at once, at most.
         details: Also give the rest of what is returned.
+        add_others: Where other processes hold more specialists: adds their part to the weighted logits [C, V] of a
+            chunk, in place.
 
     Returns:
         NLL; whether the likeliest token was the label; NLL of each specialist alone. The last two have no rows unless
@@ -107,15 +111,21 @@ def linear_loss(
         min(chunk, MOST_TOKENS_ON_CPU) if device == "cpu" else chunk,
         details,
         torch.is_grad_enabled(),
+        add_others,
         *tensors,
     )
     return nll, hit, specialist_nll
 
 
 def _inputs(
-    weights: Tensor, labels: Tensor, tensors: Sequence[Any], dtypes: Sequence[torch.dtype], chunk: int
+    weights: Tensor,
+    labels: Tensor,
+    tensors: Sequence[Any],
+    dtypes: Sequence[torch.dtype],
+    chunk: int,
+    add_others: Callable[[Tensor], None] | None,
 ) -> Inputs:
-    return Inputs(weights, labels, tensors[0::3], tensors[1::3], tensors[2::3], dtypes, chunk)
+    return Inputs(weights, labels, tensors[0::3], tensors[1::3], tensors[2::3], dtypes, chunk, add_others)
 
 
 def _is_uniform(scale: Tensor) -> bool:

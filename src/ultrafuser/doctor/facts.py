@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from ultrafuser.config.recipe import Recipe, SpecialistConfig
-from ultrafuser.doctor.hub import RepoInfo, ask_hub, cached_folder, hub_is_reachable
-
-# Reading a stranger's files, transformers raises whatever Python does; each is a finding here, never the end.
-READ_ERRORS = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError)
+from ultrafuser.doctor.hub import RepoInfo, ask_hub
+from ultrafuser.model.hub import cached_folder, hub_is_reachable, is_local
+from ultrafuser.model.outline import READ_ERRORS, resolve_adapter, without_weights
 
 
 @dataclass(slots=True)
@@ -66,12 +62,6 @@ class Facts:
         return int(size) if isinstance(size, int) else None
 
 
-def is_local(model: str) -> bool:
-    """Whether a recipe's `model` names a folder; `owner/name` that is no folder here is a hub id."""
-    path = Path(model)
-    return path.exists() or path.is_absolute() or model.startswith((".", "~")) or len(path.parts) != 2
-
-
 def gather_all(recipe: Recipe) -> tuple[list[Facts], Facts]:
     """Learn what can be learnt of every specialist.
 
@@ -98,7 +88,7 @@ def gather(name: str, source: SpecialistConfig, *, online: bool, tokenizer_only:
         online: The hub may be asked.
         tokenizer_only: Leave out configuration and parameters.
     """
-    facts = Facts(name, _resolve_adapter(source))
+    facts = Facts(name, resolve_adapter(source))
     source = facts.source
     if facts.is_local:
         facts.folder = Path(source.model)
@@ -126,32 +116,12 @@ def gather(name: str, source: SpecialistConfig, *, online: bool, tokenizer_only:
     return facts
 
 
-def without_weights(config: Any, trust_remote_code: bool = False) -> Any:
-    """The architecture on the meta device: parameters have shapes, but no memory."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        build: Any = AutoModelForCausalLM.from_config
-        return build(copy.deepcopy(config), trust_remote_code=trust_remote_code)
-
-
 def _read(facts: Facts, part: str, read: Any) -> Any:
     try:
         return read()
     except READ_ERRORS as error:
         facts.reasons[part] = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return None
-
-
-def _resolve_adapter(source: SpecialistConfig) -> SpecialistConfig:
-    """A folder that holds an adapter stands for its base with the adapter, as when it is loaded."""
-    file = Path(source.model) / "adapter_config.json"
-    if source.adapter is not None or not file.is_file():
-        return source
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError):
-        return source
-    return source.model_copy(update={"model": base, "adapter": source.model}) if isinstance(base, str) else source
 
 
 def _read_generation_config(folder: Path | None) -> dict[str, Any]:

@@ -1,20 +1,13 @@
-"""The hub, asked briefly: is it there, what does it hold of a model, and what of it lies in the cache.
-
-One probe of a few seconds decides whether anything is asked at all, so an examination without a network never waits
-for retries.
-"""
+"""What the hub says of a model: its files, its licence, or why it gives nothing."""
 
 from __future__ import annotations
 
-import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-PROBE_TIMEOUT_S = 3.0
 REQUEST_TIMEOUT_S = 10.0
 
 
@@ -31,24 +24,6 @@ class RepoInfo:
     files: tuple[str, ...] = ()
     licence: str | None = None
     refusal: str | None = None
-
-
-def hub_is_reachable() -> bool:
-    """Whether the hub answers, and may be asked (HF_HUB_OFFLINE)."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S):
-            return True
-    except (OSError, ValueError):
-        return False
-
-
-def cached_folder(repo: str, revision: str | None) -> Path | None:
-    """The folder of a cached model, if its configuration at least was ever fetched."""
-    path = try_to_load_from_cache(repo, "config.json", revision=revision)
-    return Path(path).parent if isinstance(path, str) else None
 
 
 def ask_hub(repo: str, revision: str | None) -> RepoInfo | None:

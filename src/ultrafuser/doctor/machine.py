@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+from ultrafuser.model.memory import machine_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +29,11 @@ class Machine:
 
 def inspect_machine() -> Machine:
     """Look at this machine; a container's limit counts as its memory."""
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in CGROUP_LIMITS:
-        if file.is_file() and (text := file.read_text(encoding="ascii").strip()).isdigit():
-            ram = min(ram, int(text))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not torch.cuda.is_available():
-        return Machine(cores, ram)
+        return Machine(cores, machine_bytes())
     gpu = torch.cuda.get_device_properties(0)
-    return Machine(cores, ram, int(gpu.total_memory), str(gpu.name))
+    return Machine(cores, machine_bytes(), int(gpu.total_memory), str(gpu.name))
 
 
 def free_disk_bytes(folder: Path) -> int:

@@ -1,13 +1,25 @@
-"""The most memory held since a moment: of the accelerator, or else of this process."""
+"""Memory in numbers: the most held since a moment, of the accelerator or else of this process; what a machine has."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 from pathlib import Path
 
 import torch
+
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def machine_bytes() -> int:
+    """RAM of this machine; a container's limit counts as its memory."""
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in CGROUP_LIMITS:
+        if file.is_file() and (text := file.read_text(encoding="ascii").strip()).isdigit():
+            ram = min(ram, int(text))
+    return ram
 
 
 def reset_peak(device: torch.device | None = None) -> None:

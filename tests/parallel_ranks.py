@@ -161,15 +161,18 @@ def _await(ranks: Sequence[int], request: Mapping[str, Any]) -> list[int]:
                 pid, status = os.waitpid(child, os.WNOHANG)
                 if pid:
                     statuses[child] = status
-        if wanted is not None and (path := Path(request["folder"]) / wanted["file"]).exists():
-            if path.read_text().count("\n") >= wanted["lines"]:
-                os.kill(ranks[wanted["rank"]], wanted["number"])
-                wanted = None
+        if wanted is not None and _num_lines(Path(request["folder"]) / wanted["file"]) >= wanted["lines"]:
+            os.kill(ranks[wanted["rank"]], wanted["number"])
+            wanted = None
         if time.monotonic() > deadline:
             for child in set(ranks) - set(statuses):
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.002)
     return [statuses[child] for child in ranks]
+
+
+def _num_lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def _run_rank(request: Mapping[str, Any], folder: Path, rank: int, size: int, port: int) -> None:

@@ -22,7 +22,7 @@ class UltrafuserError(Exception):
     """Base of every error that a user can cause and mend; `exit_code` is what a command ends with."""
 
     exit_code = 1
-    is_told = False  # by another process of the same run: this one keeps quiet about it
+    is_told: bool | None = None  # of several processes: whether another one tells it; None: they have not met yet
 
 
 class ConfigError(UltrafuserError):

@@ -7,6 +7,7 @@ code cannot be run safely here; 130 interrupted, with the work saved.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -70,8 +71,15 @@ def run() -> None:
     try:
         app()
     except UltrafuserError as error:
-        print(f"ultrafuser: {error}", file=sys.stderr)
+        if not (_is_another() if error.is_told is None else error.is_told):
+            print(f"ultrafuser: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
-        print("ultrafuser: interrupted", file=sys.stderr)
+        if not _is_another():
+            print("ultrafuser: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _is_another() -> bool:
+    """Whether a launcher started this process beside another one that says the same."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"

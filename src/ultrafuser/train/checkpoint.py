@@ -147,13 +147,18 @@ def find_newest(folder: Path, world: World | None = None) -> Path | None:
 def read_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint with whole tensors, be it written by one process or by several."""
     state = read_state(path)
-    if (path / PARAMETERS).is_file():
-        parameters, optimizer = load_file(path / PARAMETERS), load_file(path / OPTIMIZER)
+    if (path / OPTIMIZER).is_file():
+        optimizer = load_file(path / OPTIMIZER)
     else:
-        tensors = _join(sorted(path.glob(SHARDS)))
-        optimizer = {name: tensor for name, tensor in tensors.items() if "/" in name}
-        parameters = {name: tensor for name, tensor in tensors.items() if "/" not in name}
-    return Checkpoint(state.pop("step"), parameters, optimizer, state)
+        optimizer = _join(sorted(path.glob(SHARDS)), slots=True)
+    return Checkpoint(state.pop("step"), read_parameters(path), optimizer, state)
+
+
+def read_parameters(path: Path) -> dict[str, Tensor]:
+    """The parameters of a checkpoint, whole, without the optimizer's state."""
+    if (path / PARAMETERS).is_file():
+        return load_file(path / PARAMETERS)
+    return _join(sorted(path.glob(SHARDS)), slots=False)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -162,13 +167,18 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _join(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """Whole tensors of parts that lie in several files; each file's header says where its parts begin."""
+def _join(paths: Sequence[Path], *, slots: bool) -> dict[str, Tensor]:
+    """Whole tensors of parts that lie in several files; each file's header says where its parts begin.
+
+    Args:
+        paths: The files.
+        slots: Read the optimizer's state, `<parameter>/<slot>`, or else the parameters.
+    """
     parts: dict[str, list[tuple[list[int], Tensor]]] = {}
     for path in paths:
         with safe_open(path, framework="pt") as file:
             places = json.loads(file.metadata()["DCP_SHARDING_INFO"])
-            for name in file.keys():  # noqa: SIM118  it is no mapping
+            for name in (name for name in file.keys() if ("/" in name) is slots):  # noqa: SIM118  it is no mapping
                 parts.setdefault(name, []).append((places[name]["saved_offsets"], file.get_tensor(name)))
     tensors: dict[str, Tensor] = {}
     for name, pieces in parts.items():

@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from ultrafuser.config.recipe import DataConfig, Recipe, SpecialistConfig
 from ultrafuser.config.training import StageConfig
 from ultrafuser.data.dataset import Dataset, encode_records, load_dataset
 from ultrafuser.data.records import Record
-from ultrafuser.errors import CheckpointError, ConfigError, DataError
+from ultrafuser.errors import CheckpointError, ConfigError, DataError, TrainingError
 from ultrafuser.files import put_in_place
 from ultrafuser.model.build import read_templates
 from ultrafuser.model.checkpoint import save_fused
@@ -35,11 +37,22 @@ from ultrafuser.train.hidden.fill import SpecialistsInMemory
 from ultrafuser.train.hidden.loop import CachedLoop
 from ultrafuser.train.hidden.store import check_folder
 from ultrafuser.train.loop import Loop
+from ultrafuser.train.parallel.world import begin_world
 from ultrafuser.train.phase import DECISIVE, Phase
 
 logger = logging.getLogger(__name__)
 
 SETTINGS = "tuned.json"  # in the folder of a tuned specialist: what it was made with
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedData:
+    """The data of a phase as tokens; see `Phase`."""
+
+    encoder: Encoder
+    records: Mapping[str, Sequence[EncodedRecord]]
+    sources: Mapping[str, Sequence[Record]]
+    validation: Mapping[str, Sequence[EncodedRecord]]
 
 
 class Trainer:
@@ -48,9 +61,10 @@ class Trainer:
     Args:
         recipe: The whole recipe.
         dataset: Its data, when already loaded.
+        device: What to compute on; None: the recipe's.
     """
 
-    def __init__(self, recipe: Recipe, *, dataset: Dataset | None = None) -> None:
+    def __init__(self, recipe: Recipe, *, dataset: Dataset | None = None, device: torch.device | None = None) -> None:
         if recipe.data is None:
             raise ConfigError(f"recipe {recipe.name!r} has no data section, so there is nothing to train on")
         self.recipe = recipe
@@ -58,7 +72,7 @@ class Trainer:
         self.dataset = dataset if dataset is not None else load_dataset(recipe.data)
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
-        self.device = choose_device(recipe.train.device, "train.device")
+        self.device = device if device is not None else choose_device(recipe.train.device, "train.device")
         check_backend(recipe.train.loss_backend, self.device, space=recipe.fusion.space)
         first = next(iter(recipe.specialists.values()))
         self.tokenizer: Any = load_tokenizer(SpecialistConfig(model=recipe.tokenizer) if recipe.tokenizer else first)
@@ -71,15 +85,13 @@ class Trainer:
     def run(self) -> Path:
         """Do all phases and save the fused model; returns its folder."""
         text = dump_recipe(self.recipe)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "recipe.yaml").exists():
-            (self.folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        self._begin(text)
         specialists = {name: self.tuned_specialist(name) for name in self.recipe.specialists}
-        stages = {"stage1": self.recipe.stage1, "stage2": self.recipe.stage2}
+        stages = self._stages()
         gate = None
-        if self.recipe.train.stage1_cache.mode != "off" and stages["stage1"] is not None and len(specialists) > 1:
-            lean = self.run_stage1_lean(specialists, stages.pop("stage1"))  # type: ignore[arg-type]
-            if stages["stage2"] is None:
+        if self.recipe.train.stage1_cache.mode != "off" and "stage1" in stages and len(specialists) > 1:
+            lean = self.run_stage1_lean(specialists, stages.pop("stage1"))
+            if not stages:
                 return self._save(lean, text, gate_only=True)
             gate = lean.fusion_gate.state_dict()
             del lean
@@ -87,9 +99,34 @@ class Trainer:
         if gate is not None:
             model.fusion_gate.load_state_dict(gate)
         for name, stage in stages.items():
-            if stage is not None and (len(specialists) > 1 or stage.train_specialists):
-                self.run_stage(name, model, stage)
+            self.run_stage(name, model, stage)
         return self._save(model, text)
+
+    def _begin(self, text: str) -> None:
+        """Make the output folder, and keep the recipe there unless one was kept before.
+
+        Raises:
+            TrainingError: It cannot be written; before any weights are read.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+            if not (self.folder / "recipe.yaml").exists():
+                (self.folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write to {self.folder}: {error.strerror or error}. Make room, or choose another output"
+            ) from error
+
+    def _stages(self) -> dict[str, StageConfig]:
+        """The stages that have something to do, in order."""
+        stages = {"stage1": self.recipe.stage1, "stage2": self.recipe.stage2}
+        several = len(self.recipe.specialists) > 1
+        return {
+            name: stage for name, stage in stages.items() if stage is not None and (several or stage.train_specialists)
+        }
 
     def _save(self, model: FusedForCausalLM, text: str, *, gate_only: bool = False) -> Path:
         # Now that no phase has refused: a recipe that does not fit this folder must not replace the one that does.
@@ -158,23 +195,51 @@ class Trainer:
         the model are taken from the `loader`.
         """
         encoder = Encoder(self.tokenizer, read_templates(model.config))
+        phase = self._phase(name, model, stage, self._encode_domains(encoder, domains), trained=trained)
+        cache = self.recipe.train.stage1_cache
+        if cache.mode == "off" or stage.train_specialists:
+            Loop(phase).run()
+        else:
+            CachedLoop(phase, loader or SpecialistsInMemory(model), cache, self._hidden_folder).run()
+
+    def _encode_domains(self, encoder: Encoder, domains: Sequence[str] | None) -> EncodedData:
+        """The records of some of the domains (None: all) as tokens.
+
+        Raises:
+            DataError: A domain has none that fit.
+        """
         wanted = list(domains or self.data.domains)
         encoded = {domain: self._encode(encoder, self.dataset["train"][domain]) for domain in wanted}
         if empty := [domain for domain, records in encoded.items() if not records]:
             raise DataError(f"every record of {', '.join(empty)} is longer than max_length {self.data.max_length}")
         by_id = {domain: {record.id: record for record in self.dataset["train"][domain]} for domain in wanted}
-        phase = Phase(
-            name=name,
-            model=model,
+        num_validation = self.recipe.train.validation_records
+        return EncodedData(
             encoder=encoder,
             records=encoded,
             sources={domain: [by_id[domain][record.id] for record in encoded[domain]] for domain in wanted},
             validation={
-                domain: self._encode(
-                    encoder, self.dataset["validation"][domain][: self.recipe.train.validation_records]
-                )
+                domain: self._encode(encoder, self.dataset["validation"][domain][:num_validation])
                 for domain in self.data.domains
             },
+        )
+
+    def _phase(
+        self,
+        name: str,
+        model: FusedForCausalLM,
+        stage: StageConfig,
+        data: EncodedData,
+        *,
+        trained: Sequence[str] | None = None,
+    ) -> Phase:
+        return Phase(
+            name=name,
+            model=model,
+            encoder=data.encoder,
+            records=data.records,
+            sources=data.sources,
+            validation=data.validation,
             stage=stage,
             train=self.recipe.train,
             seed=self.recipe.seed,
@@ -182,11 +247,6 @@ class Trainer:
             max_length=self.data.max_length,
             trained=frozenset(trained) if trained is not None else None,
         )
-        cache = self.recipe.train.stage1_cache
-        if cache.mode == "off" or stage.train_specialists:
-            Loop(phase).run()
-        else:
-            CachedLoop(phase, loader or SpecialistsInMemory(model), cache, self._hidden_folder).run()
 
     def _encode(self, encoder: Encoder, records: Sequence[Record]) -> list[EncodedRecord]:
         return encode_records(
@@ -241,5 +301,16 @@ class Trainer:
 
 
 def train(recipe: Recipe) -> Path:
-    """Train what a recipe describes; returns the folder of the fused model."""
-    return Trainer(recipe).run()
+    """Train what a recipe describes; returns the folder of the fused model.
+
+    Started by torchrun, this is one of several processes of a run, and all of them do it together.
+    """
+    parallel = recipe.train.parallel
+    with begin_world(recipe.train.device, timeout_s=parallel.timeout_s) as world:
+        if world.size == 1:
+            return Trainer(recipe).run()
+        from ultrafuser.train.parallel.trainer import ParallelTrainer
+
+        with world.together():
+            trainer = ParallelTrainer(recipe, world)
+        return trainer.run()

@@ -157,7 +157,7 @@ def decoder_layers(specialist: Any) -> list[nn.Module]:
             layer for layer in layers if not any(layer in other.modules() for other in layers if other is not layer)
         ]
     lists = [module for module in specialist.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=lambda modules: len(modules), default=nn.ModuleList()))
+    return list(max(lists, key=lambda modules: len(list(modules)), default=nn.ModuleList()))
 
 
 def _is_tied(specialist: Any) -> bool:

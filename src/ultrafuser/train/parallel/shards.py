@@ -23,8 +23,8 @@ def clip_shards(
         parameters: Those that are trained.
         max_norm: None: leave them as they are.
         add_up: Sums a tensor on the CPU over the processes.
-        copies: Those of the parameters that another process holds, too, and counts; every other element is in one process
-            alone.
+        copies: Those of the parameters that another process holds, too, and counts; every other element is in one
+            process alone.
 
     Returns:
         The norm of the whole gradient before.

@@ -173,6 +173,8 @@ def begin_world(device: str | None = None, *, timeout_s: float = 1800.0) -> Iter
         return
     here = device_of(local_rank, device)
     if here.type == "cuda":
+        # Else a lost process ends the others from within NCCL, and nobody can say why.
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         torch.cuda.set_device(here)
     ours = not dist.is_initialized()
     if ours:

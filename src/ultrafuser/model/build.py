@@ -16,6 +16,7 @@ from ultrafuser.config.recipe import Recipe, SpecialistConfig
 from ultrafuser.errors import ConfigError, ModelError
 from ultrafuser.model.backbone import check_backbone
 from ultrafuser.model.configuration import FusedConfig, check_name
+from ultrafuser.model.shared_base import check_shared, find_base, load_shared
 from ultrafuser.model.specialist import load_specialist, load_tokenizer, parse_source
 from ultrafuser.model.vocabulary import check_vocabularies, trim_vocabulary
 
@@ -64,9 +65,12 @@ def build_fused(
     tokenizers: dict[str, Any] = {}
     for name in specialists:
         check_name(name)
+    if options.get("shared_base"):
+        models = _shared_models(specialists, sources, dtype)
     for name, given in specialists.items():
         source = sources[name]
-        models[name] = given if source is None else load_specialist(source, name=name, dtype=dtype)  # type: ignore[assignment]
+        if name not in models:
+            models[name] = given if source is None else load_specialist(source, name=name, dtype=dtype)  # type: ignore[assignment]
         check_backbone(models[name], name)
         if source is not None:
             try:
@@ -79,6 +83,8 @@ def build_fused(
     if reference or tokenizers:
         check_vocabularies({**reference, **tokenizers}, size=rows)
     trim_vocabulary(models)
+    if options.get("shared_base"):
+        sources = _shared_places(sources)
     return fuse_models(
         cls, models, sources, tokenizers, templates=templates, tokenizer=tokenizer, rows=rows, seed=seed, **options
     )
@@ -137,6 +143,7 @@ def recipe_options(recipe: Recipe) -> dict[str, Any]:
         "fusion_space": recipe.fusion.space,
         "weighting": recipe.fusion.weighting,
         "perplexity_temperature": recipe.fusion.perplexity_temperature,
+        "shared_base": recipe.shared_base,
     }
 
 
@@ -234,6 +241,30 @@ def _generation_config(fused: FusedForCausalLM, templates: Sequence[Template], t
     if pad is None and ends:
         pad = ends[0]
     return GenerationConfig(eos_token_id=ends or None, pad_token_id=pad, do_sample=False)
+
+
+def _shared_models(
+    specialists: Mapping[str, Any], sources: Mapping[str, SpecialistConfig | None], dtype: torch.dtype | None
+) -> dict[str, PreTrainedModel]:
+    """Specialists of one base, its weights read once; models at hand must share theirs already."""
+    places = {name: source for name, source in sources.items() if source is not None}
+    if places and len(places) < len(sources):
+        raise ConfigError("shared_base: give every specialist as a place on disk, or every one as a model at hand")
+    if not places:
+        check_shared(specialists)
+        return dict(specialists)
+    base, models = load_shared(find_base(places), dtype=dtype, adapter_dtype=dtype)
+    check_backbone(base, "base")
+    return models
+
+
+def _shared_places(sources: Mapping[str, SpecialistConfig | None]) -> dict[str, SpecialistConfig | None]:
+    """Each specialist as its base alone: its adapter is part of the fused model."""
+    places = {name: source for name, source in sources.items() if source is not None}
+    if not places:
+        return dict(sources)
+    base = find_base(places).base
+    return {name: base.model_copy(update={"template": source.template}) for name, source in places.items()}
 
 
 def _as_source(given: Any) -> SpecialistConfig:

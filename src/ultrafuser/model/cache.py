@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
@@ -58,3 +59,41 @@ class FusedCache(Cache):
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         if self.held_scores is not None:
             self.held_scores = self.held_scores.index_select(0, beam_idx.to(self.held_scores.device))
+
+
+class JointCache(FusedCache):
+    """One cache of N x B rows, specialist by specialist, for specialists that run as one forward.
+
+    Args:
+        joint: The cache of the joint model.
+        num_specialists: N.
+    """
+
+    def __init__(self, joint: Cache, num_specialists: int) -> None:
+        super().__init__({"joint": joint})
+        self.joint = joint
+        self.num_specialists = num_specialists
+
+    @classmethod
+    def from_configs(cls, configs: Mapping[str, PreTrainedConfig]) -> JointCache:
+        """A growing cache; the configurations are of one architecture."""
+        return cls(DynamicCache(config=next(iter(configs.values()))), len(configs))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows of every specialist."""
+        Cache.batch_select_indices(self, self._of_all(indices))
+        if self.held_scores is not None:
+            self.held_scores = self.held_scores[indices]
+
+    def reorder_cache(self, beam_idx: Tensor) -> Any:
+        """Reorder the rows of every specialist."""
+        Cache.reorder_cache(self, self._of_all(beam_idx))  # type: ignore[arg-type]
+        if self.held_scores is not None:
+            self.held_scores = self.held_scores.index_select(0, beam_idx.to(self.held_scores.device))
+
+    def _of_all(self, rows: Tensor) -> Tensor:
+        keys: Any = self.layers[0].keys
+        num_rows = 0 if keys is None else keys.shape[0] // self.num_specialists
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().flatten()
+        return torch.cat([rows + j * num_rows for j in range(self.num_specialists)])

@@ -1,7 +1,8 @@
 """Saving and loading a fused model: whole, or the gate alone with references to its specialists.
 
 A gate-only folder holds a few MB: the gate, and for each specialist where it came from, at which revision, and the
-hash of its weights, which is checked at load. Both kinds reload with `AutoModelForCausalLM.from_pretrained`.
+hash of its weights, which is checked at load; adapters lie in the folder (`adapter_files`). All kinds reload with
+`AutoModelForCausalLM.from_pretrained`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel
@@ -21,11 +23,20 @@ from transformers import GenerationConfig, PreTrainedModel
 from ultrafuser.config.recipe import SpecialistConfig
 from ultrafuser.errors import ModelError
 from ultrafuser.files import put_in_place
+from ultrafuser.model.adapter_files import (
+    has_adapters,
+    locate,
+    read_adapters,
+    write_adapters,
+    write_frozen,
+)
 from ultrafuser.model.build import assemble, build_fused, read_templates
 from ultrafuser.model.configuration import FusedConfig
 from ultrafuser.model.lean import is_lean
+from ultrafuser.model.lora import add_adapter, frozen_state
 from ultrafuser.model.model_card import write_model_card
-from ultrafuser.model.specialist import first_line, load_specialist, load_tokenizer, state_digest
+from ultrafuser.model.shared_base import check_adapters, share_base
+from ultrafuser.model.specialist import first_line, load_specialist, load_tokenizer, state_digest, tensors_digest
 from ultrafuser.model.vocabulary import trim_vocabulary
 
 if TYPE_CHECKING:
@@ -70,7 +81,7 @@ def save_fused(
         if gate_only:
             _write_gate(model, partial)
         else:
-            model.save_pretrained(partial, max_shard_size=max_shard_size)
+            model.save_pretrained(partial, max_shard_size=max_shard_size)  # with adapters: `write_adapted`
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if recipe is not None:
@@ -83,6 +94,17 @@ def save_fused(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def write_adapted(model: FusedForCausalLM, folder: Path | str, **options: Any) -> None:
+    """Write gate, adapters and, once, the frozen weights: what `save_pretrained` means where there are adapters."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = write_frozen(model, folder, **options)
+    for part in sources:
+        specialist = model.specialists[part["name"]]
+        part |= {"dtype": str(_frozen_dtype(specialist)).removeprefix("torch."), "digest": frozen_digest(specialist)}
+    _write_gate_files(model, folder, sources)
 
 
 def load_fused(
@@ -166,8 +188,14 @@ def _load_gate_only(
     **_: Any,
 ) -> Any:
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    models = {}
+    if not folder.is_dir() and any(part.get("lora") for part in config.sources):
+        folder = Path(snapshot_download(str(folder)))
+    config.sources = [locate(part, folder) for part in config.sources]
+    adapters = read_adapters(folder, config.sources, check=check_digests)
+    models: dict[str, PreTrainedModel] = {}
     for part in config.sources:
+        check_adapters(_as_source(part, trust_remote_code), {part["name"]: adapters[part["name"]]})
+    for part in config.sources[: 1 if config.shared_base else None]:
         recorded = _load_part(part, config, trust_remote_code)
         if check_digests and (actual := state_digest(recorded)) != part["digest"]:
             raise ModelError(
@@ -177,6 +205,12 @@ def _load_gate_only(
         # Read again for another type, since casting would round what the loader keeps exact (RoPE's frequencies).
         again = wanted not in (None, recorded.dtype)
         models[part["name"]] = _load_part(part, config, trust_remote_code, wanted) if again else recorded
+    if config.shared_base:
+        models = share_base(next(iter(models.values())), adapters, dtype=wanted)
+    else:
+        for name, adapter in adapters.items():
+            if adapter is not None:
+                add_adapter(models[name].requires_grad_(False), adapter, name=name, dtype=wanted)
     config.gate_only = False  # from here on the model is whole
     model = assemble(cls, config, models, seed=0)
     state = load_file(_find_file(folder, config, GATE_FILE))
@@ -190,12 +224,15 @@ def _load_part(
     part: Mapping[str, Any], config: FusedConfig, trust_remote_code: bool = False, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """A specialist as it was when its digest was taken: with the rows that all share and, unless told, in that type."""
-    source = SpecialistConfig(
-        **{key: part[key] for key in ("model", "revision", "gguf_file", "adapter")}, trust_remote_code=trust_remote_code
-    )
+    source = _as_source(part, trust_remote_code)
     model = load_specialist(source, name=part["name"], dtype=dtype or getattr(torch, part["dtype"]))
     trim_vocabulary({part["name"]: model}, size=config.vocab_size)
     return model
+
+
+def _as_source(part: Mapping[str, Any], trust_remote_code: bool = False) -> SpecialistConfig:
+    places = {key: part[key] for key in ("model", "revision", "gguf_file", "adapter")}
+    return SpecialistConfig(**places, trust_remote_code=trust_remote_code)
 
 
 def _find_file(folder: Path, config: FusedConfig, name: str) -> Path:
@@ -243,7 +280,16 @@ def _add_specialists(
 
 
 def _write_gate(model: FusedForCausalLM, folder: Path) -> None:
-    sources = [_describe_source(model, part) for part in model.config.sources]
+    sources = [
+        _describe_source(model, part) for part in model.config.sources[: 1 if model.config.shared_base else None]
+    ]
+    if model.config.shared_base:  # what is known of the base's weights is known of all
+        sources = [{**sources[0], "name": part["name"]} for part in model.config.sources]
+    _write_gate_files(model, folder, sources)
+
+
+def _write_gate_files(model: FusedForCausalLM, folder: Path, sources: list[dict[str, Any]]) -> None:
+    sources = write_adapters(model, folder, sources) if has_adapters(model) else sources
     config = FusedConfig.from_dict({**model.config.to_dict(), "gate_only": True, "sources": sources})
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
@@ -265,8 +311,8 @@ def _describe_source(model: FusedForCausalLM, part: Mapping[str, Any]) -> dict[s
     described = {
         **part,
         **places,
-        "dtype": str(specialist.dtype).removeprefix("torch."),
-        "digest": state_digest(specialist),
+        "dtype": str(_frozen_dtype(specialist)).removeprefix("torch."),
+        "digest": frozen_digest(specialist),
     }
     if state_digest(_load_part(described, model.config)) != described["digest"]:
         raise ModelError(
@@ -274,6 +320,15 @@ def _describe_source(model: FusedForCausalLM, part: Mapping[str, Any]) -> dict[s
             "to it: save the whole model"
         )
     return described
+
+
+def frozen_digest(specialist: PreTrainedModel) -> str:
+    """Content hash of a specialist's weights but its adapter's."""
+    return tensors_digest(frozen_state(specialist))
+
+
+def _frozen_dtype(specialist: PreTrainedModel) -> torch.dtype:
+    return next(value.dtype for value in frozen_state(specialist).values() if value.is_floating_point())
 
 
 def _absolute(place: str | None) -> str | None:

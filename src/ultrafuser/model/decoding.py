@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from ultrafuser.model.cache import FusedCache
+from ultrafuser.model.cache import FusedCache, JointCache
 
 _PER_SPECIALIST = ("specialist_input_ids", "specialist_attention_mask", "prompt_length")
 
@@ -34,6 +34,9 @@ class FusedDecoding:
         @property
         def active_names(self) -> list[str]: ...
 
+        @property
+        def runs_jointly(self) -> bool: ...
+
     def _prepare_cache_for_generation(
         self,
         generation_config: Any,
@@ -48,9 +51,19 @@ class FusedDecoding:
             model_kwargs["prompt_length"] = prompt_mask.shape[-1]
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
             return
+        if self.runs_jointly:
+            own: dict[str, Any] = {}
+            num_rows = batch_size * len(self.names)
+            self.specialists[self.names[0]]._prepare_cache_for_generation(
+                generation_config, own, generation_mode, num_rows, max_cache_length
+            )
+            # One of constant shape is for compiled steps, whose masks are made for each specialist.
+            if not own["past_key_values"].is_compileable:
+                model_kwargs["past_key_values"] = JointCache(own["past_key_values"], len(self.names))
+                return
         views: dict[str, Cache] = {}
         for name in self.active_names:
-            own: dict[str, Any] = {}
+            own = {}
             self.specialists[name]._prepare_cache_for_generation(
                 generation_config, own, generation_mode, batch_size, max_cache_length
             )

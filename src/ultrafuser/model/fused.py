@@ -7,6 +7,7 @@ Shapes: B rows, T columns, N specialists, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,17 +22,20 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ultrafuser.errors import ModelError
 from ultrafuser.model.backbone import head_logits, last_hidden_state, linear_head
-from ultrafuser.model.cache import FusedCache
+from ultrafuser.model.cache import FusedCache, JointCache
 from ultrafuser.model.columns import previous_visible, response_columns, response_starts, visible_positions
 from ultrafuser.model.configuration import FusedConfig
 from ultrafuser.model.decoding import FusedDecoding
 from ultrafuser.model.fusion import fuse_logits, gate_weights, hold_scores, perplexity_scores, uniform_scores
 from ultrafuser.model.gate import Gate
+from ultrafuser.model.joint import build_joint, joint_hidden_states, runs_jointly
 from ultrafuser.model.loss import Head, LossBackend, TokenLoss, fused_loss
 
 if TYPE_CHECKING:
     from ultrafuser.chat.template import Template
     from ultrafuser.config.recipe import Recipe, SpecialistConfig
+
+logger = logging.getLogger(__name__)
 
 _WHOLE_PROMPT = (
     "perplexity weights need the whole prompt in one forward: no chunked prefill, and prompt_length with a cache"
@@ -90,6 +94,8 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
             num_layers=config.gate_num_layers,
         ).float()
         self.last_gate_weights: Tensor | None = None  # of the latest forward, for whoever watches generate()
+        self._joint: tuple[Any, PreTrainedModel] | None = None  # a tuple: no part of this model's own modules
+        self._joins: bool | None = None
         self.loss_chunk = 1024
         self.loss_backend: LossBackend = "chunked"
         # Specialists left out at load are in the file and not here, on purpose.
@@ -138,6 +144,16 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
         from ultrafuser.model.checkpoint import load_fused
 
         return load_fused(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write all weights; where specialists have adapters, frozen weights, adapters and gate apart."""
+        from ultrafuser.model.adapter_files import has_adapters
+        from ultrafuser.model.checkpoint import write_adapted
+
+        if has_adapters(self):
+            write_adapted(self, save_directory, **kwargs)
+        else:
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def names(self) -> list[str]:
@@ -208,24 +224,18 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
         Source: Ding et al. 2024 (arXiv 2403.08281), Equation 1.
         """
         if past_key_values is None and use_cache and not self.training:
-            configs = self.config.specialist_configs
-            past_key_values = FusedCache.from_configs({name: configs[name] for name in self.active_names})
+            configs = {name: self.config.specialist_configs[name] for name in self.active_names}
+            past_key_values = (
+                JointCache.from_configs(configs) if self.runs_jointly else FusedCache.from_configs(configs)
+            )
         if past_key_values is not None and not isinstance(past_key_values, FusedCache):
             raise ModelError(f"past_key_values is a {type(past_key_values).__name__}; pass a FusedCache, or none")
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         views = self._views(input_ids, attention_mask, specialist_input_ids, specialist_attention_mask)
-        hiddens = {}
-        for name, (ids, mask) in views.items():
-            positions = position_ids
-            if specialist_position_ids is not None:
-                positions = specialist_position_ids[:, self.names.index(name)]
-            hiddens[name] = last_hidden_state(
-                self.specialists[name],
-                ids,
-                attention_mask=mask,
-                position_ids=positions if positions is not None else visible_positions(mask, ids, past_length),
-                cache=past_key_values.views[name] if past_key_values is not None else None,
-            )
+        positions: dict[str, Tensor | None] = dict.fromkeys(views, position_ids)
+        if specialist_position_ids is not None:
+            positions = {name: specialist_position_ids[:, self.names.index(name)] for name in views}
+        hiddens = self._hidden_states(views, positions, past_length=past_length, cache=past_key_values)
         starts = response_starts(labels, prompt_length, next(iter(views.values()))[0])
         weights = self._weights(hiddens, views, starts, past_key_values, prompt_length)
         self.last_gate_weights = weights.detach()
@@ -262,12 +272,7 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
     ) -> tuple[TokenLoss, Float[Tensor, "M N"], Bool[Tensor, "B T"]]:
         """As `response_nll`, and with `details` also top-1 hits and the NLL of each active specialist, in one pass."""
         views = self._views(None, None, specialist_input_ids, specialist_attention_mask)
-        hiddens = {
-            name: last_hidden_state(
-                self.specialists[name], ids, attention_mask=mask, position_ids=visible_positions(mask, ids, 0)
-            )
-            for name, (ids, mask) in views.items()
-        }
+        hiddens = self._hidden_states(views, dict.fromkeys(views))
         starts = response_starts(labels, None, labels)
         predicting, targets = response_columns(labels)
         held = self.config.granularity == "prompt" or self.config.weighting == "perplexity"
@@ -298,6 +303,60 @@ class FusedForCausalLM(FusedDecoding, PreTrainedModel, GenerationMixin):  # type
             details=details,
             backend=self.loss_backend,
         )
+
+    @property
+    def runs_jointly(self) -> bool:
+        """Whether the specialists share one base and run as one forward of n x B rows."""
+        if not self.config.shared_base or len(self.active_names) == 1:
+            return False
+        if self._joins is None:
+            self._joins = runs_jointly(self._specialists_by_name())
+            if not self._joins:
+                logger.warning("the specialists share their base, but this architecture runs them one after another")
+        return self._joins
+
+    def _specialists_by_name(self) -> dict[str, PreTrainedModel]:
+        return {name: self.specialists[name] for name in self.names}
+
+    def joint_model(self) -> PreTrainedModel:
+        """The specialists of a shared base as one model, for rows that lie specialist by specialist."""
+        first = self.specialists[self.names[0]]
+        checkpointing = getattr(first.base_model, "gradient_checkpointing", False)
+        state = (first.device, first.dtype, checkpointing, first.config._attn_implementation)
+        if self._joint is None or self._joint[0] != state:
+            self._joint = (state, build_joint(self._specialists_by_name()))
+        joint = self._joint[1]
+        if joint.training != first.training:
+            joint.train(first.training)
+        return joint
+
+    def forget_joint(self) -> None:
+        """To be called when adapters are added or taken away."""
+        self._joint = self._joins = None
+
+    def _hidden_states(
+        self,
+        views: Mapping[str, tuple[Tensor, Any]],
+        positions: Mapping[str, Tensor | None],
+        *,
+        past_length: int | Tensor = 0,
+        cache: FusedCache | None = None,
+    ) -> dict[str, Tensor]:
+        """Last hidden states [B, T, H] of each active specialist, in one forward where they share a base."""
+        if isinstance(cache, JointCache) or (cache is None and self.runs_jointly):
+            inner = cache.joint if isinstance(cache, JointCache) else None
+            return joint_hidden_states(self.joint_model(), views, positions, past_length=past_length, cache=inner)
+        hiddens = {}
+        for name, (ids, mask) in views.items():
+            own = positions[name]
+            hiddens[name] = last_hidden_state(
+                self.specialists[name],
+                ids,
+                attention_mask=mask,
+                position_ids=own if own is not None else visible_positions(mask, ids, past_length),
+                cache=cache.views[name] if cache is not None else None,
+            )
+        return hiddens
 
     def _views(
         self,

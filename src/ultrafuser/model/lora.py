@@ -12,6 +12,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,42 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def frozen_state(model: nn.Module) -> dict[str, Tensor]:
+    """All weights of a model but its adapters', under the names they have without adapters."""
+    return {
+        key.replace(".base_layer.", "."): value
+        for key, value in model.state_dict().items()
+        if not any(f".{part}.{ADAPTER_NAME}." in key for part in _PARTS)
+    }
+
+
+@torch.no_grad()
+def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """A plain copy of a model with its adapter added to its weights; the sum is made in fp32."""
+    merged = copy.deepcopy(model)
+    for _, layer in lora_layers(merged):
+        base_layer = layer.get_base_layer()
+        weight = base_layer.weight
+        update = layer.scaling[ADAPTER_NAME] * (
+            _module(layer, "lora_B").weight.float() @ _module(layer, "lora_A").weight.float()
+        )
+        if layer.fan_in_fan_out:  # GPT-2 keeps its matrices the other way round
+            update = update.T
+        base_layer.weight = nn.Parameter((weight.float() + update).to(weight.dtype))
+    return _unwrap(merged).requires_grad_(True)
+
+
+def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it is without its adapter: modules of its own over the very weights."""
+    return _unwrap(share_weights(model))
+
+
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A model with modules of its own over the very parameters and buffers of another."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
 def write_adapter(model: PreTrainedModel, folder: Path, *, base: str, revision: str | None = None) -> None:
     """Write a model's adapter as a peft folder.
 
@@ -184,6 +221,15 @@ def write_adapter(model: PreTrainedModel, folder: Path, *, base: str, revision: 
     (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     state = {f"{_PREFIX}{key}.weight": value.cpu().contiguous() for key, value in adapter_state(model).items()}
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def _unwrap(model: PreTrainedModel) -> PreTrainedModel:
+    for place, layer in list(lora_layers(model)):
+        parent, _, leaf = place.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    return model
 
 
 def _fill(model: PreTrainedModel, adapter: Adapter, *, name: str, dtype: torch.dtype | None) -> None:

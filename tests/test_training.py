@@ -21,7 +21,6 @@ from training_helpers import (
 from ultrafuser.config.training import StageConfig
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.fused import FusedForCausalLM
-from ultrafuser.train import tracking
 from ultrafuser.train.loop import COMPOSED, Loop
 from ultrafuser.train.optimizer import learning_rate_factor
 from ultrafuser.train.signals import StopRequest
@@ -382,48 +381,6 @@ def test_validation_may_be_left_out(tmp_path: Path):
     assert untimed_metrics(tmp_path / "metrics.jsonl")[-1]["validation"] == {}
 
 
-def test_tensorboard_gets_every_number(tmp_path: Path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train(tmp_path)
-
-    board = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-
-    wanted = {"loss", "grad_norm", "tokens_per_s", "loss_per_domain/text", "gate_weights/text/code", "validation/code"}
-    assert wanted <= set(board.Tags()["scalars"])
-    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4]
-    lines = untimed_metrics(tmp_path / "metrics.jsonl")
-    assert [event.value for event in board.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
-
-
-def test_training_works_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-
-    train(tmp_path)
-
-    assert not (tmp_path / "tensorboard").exists()
-    assert len(untimed_metrics(tmp_path / "metrics.jsonl")) == 4
-
-
-def test_where_there_is_no_terminal_progress_is_a_line_with_the_time_left(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    train(tmp_path)
-
-    assert "stage1: step 4/4, loss " in capsys.readouterr().err
-
-
-def test_a_metrics_file_cut_off_in_a_line_is_read_up_to_it(tmp_path: Path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}\n{"st')
-
-    metrics = tracking.MetricsFile(path, resume_step=1)
-    metrics.write({"step": 1, "again": True})
-    metrics.close()
-
-    assert list(tracking.read_metrics(path)) == [{"step": 0}, {"step": 1, "again": True}]
-
-
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
@@ -494,16 +451,6 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_the_batch(tmp_path: 
     clean = make_phase(tmp_path, stage={"steps": 6})
     Loop(clean).run()
     assert untimed_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 5
-
-
-def test_metrics_that_cannot_be_written_stop_training_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tracking.MetricsFile, "write", refuse)
-
-    with pytest.raises(TrainingError, match=r"cannot write metrics to .*: No space left on device. Make room"):
-        train(tmp_path)
 
 
 def test_a_learning_rate_that_is_far_too_high_is_caught(tmp_path: Path):

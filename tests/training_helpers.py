@@ -30,6 +30,7 @@ from ultrafuser.data.records import Record, content_id
 from ultrafuser.model.build import read_templates
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.train.loop import Loop
+from ultrafuser.train.observers import Observers
 from ultrafuser.train.phase import Phase
 
 DOMAINS = ("text", "code")
@@ -102,6 +103,7 @@ def make_phase(
     seed: int = 7,
     sizes: Mapping[str, int] | None = None,
     max_length: int | None = None,
+    observers: Observers = Observers(),
 ) -> Phase:
     """A phase of a few small steps."""
     model = model if model is not None else make_fused()
@@ -124,6 +126,7 @@ def make_phase(
         seed=seed,
         folder=folder,
         max_length=max_length,
+        observers=observers,
     )
 
 
@@ -248,7 +251,8 @@ def count_events(kill_at: int | None, log: Path) -> None:
 
     from ultrafuser import files
     from ultrafuser.model import checkpoint as model_checkpoint
-    from ultrafuser.train import checkpoint, loop, tracking
+    from ultrafuser.train import checkpoint, loop
+    from ultrafuser.train.tracking import metrics
 
     number = 0
 
@@ -279,7 +283,7 @@ def count_events(kill_at: int | None, log: Path) -> None:
         (Path, "replace"),
         (Path, "mkdir"),
         (Path, "write_text"),
-        (tracking.MetricsFile, "write"),
+        (metrics.MetricsFile, "write"),
         (loop.Loop, "_step"),
         (model_checkpoint, "put_in_place"),
     ):

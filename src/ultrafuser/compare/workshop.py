@@ -27,7 +27,7 @@ from ultrafuser.generation import Generator
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.generator import FusedGenerator
 from ultrafuser.train.pipeline import Trainer
-from ultrafuser.train.tracking import read_metrics
+from ultrafuser.train.tracking.metrics import read_metrics
 
 
 @dataclass(frozen=True, slots=True)

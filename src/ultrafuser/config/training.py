@@ -85,6 +85,10 @@ class TrainConfig(Section):
     validate_every: PositiveInt = 100
     validation_records: NonNegativeInt = 64  # per domain
     sampler: Literal["balanced", "proportional"] = "balanced"  # balanced: Section 3.1
+    # Beside metrics.jsonl, which is always written; None: TensorBoard where it is installed.
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] | None = None
+    # "module:name" of functions or classes that are told of every step. Naming one here imports and runs that module.
+    callbacks: tuple[str, ...] = ()
     threads: PositiveInt | None = None  # None: torch's own choice
     device: str | None = None  # None: a GPU if there is one
     stage1_cache: Stage1CacheConfig = Stage1CacheConfig()

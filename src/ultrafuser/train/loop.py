@@ -35,6 +35,7 @@ from ultrafuser.train.checkpoint import (
     read_state,
     write_checkpoint,
 )
+from ultrafuser.train.observers import PhaseReport
 from ultrafuser.train.optimizer import NamedAdamW
 from ultrafuser.train.parallel.checkpoint import load_shards, write_shards
 from ultrafuser.train.parallel.single import Single
@@ -43,7 +44,6 @@ from ultrafuser.train.parallel.world import World, lost_peer
 from ultrafuser.train.phase import Phase, choose_parameters, hash_phase
 from ultrafuser.train.signals import StopRequest
 from ultrafuser.train.sums import Sums
-from ultrafuser.train.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -109,28 +109,34 @@ class Loop:
             for specialist in model.specialists.values():
                 specialist.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         try:
-            with self._tracker(step) as tracker, StopRequest(self.world) as stop:
+            with self._report(step) as report, StopRequest(self.world) as stop:
                 while step < self.stage.steps:
                     values = self._step(step)
                     step += 1
                     is_last = step == self.stage.steps
                     if is_last or step % self.train.validate_every == 0:
                         values["validation"] = self.validate()
-                    if tracker is not None:
-                        tracker.note(values)
-                    is_stopping = stop.agreed()
+                    if report is not None:
+                        report.note(values)
+                    is_stopping = self._stops(report, stop)
                     if is_last or is_stopping or step % self.train.checkpoint_every == 0:
                         self._save(step)
+                        if report is not None:
+                            report.saved(list_checkpoints(self.checkpoints)[-1])
+                        is_stopping = is_stopping or self._stops(report, stop)
                     if is_stopping:
-                        raise KeyboardInterrupt
+                        raise report.stopped() if report is not None and report.wish else KeyboardInterrupt
         finally:
             model.train(False)
 
-    def _tracker(self, step: int) -> AbstractContextManager[Tracker | None]:
+    def _report(self, step: int) -> AbstractContextManager[PhaseReport | None]:
         """Who is told of every step; of several processes the first tells."""
-        if not self.world.is_main:
-            return nullcontext()
-        return Tracker(self.phase.name, self.phase.folder, step, self.stage.steps)
+        return PhaseReport(self.phase, step) if self.world.is_main else nullcontext()
+
+    def _stops(self, report: PhaseReport | None, stop: StopRequest) -> bool:
+        """Whether all processes stop now: for a signal, or because a callback asked for it."""
+        stop.made = stop.made or (report is not None and report.wish is not None)
+        return stop.agreed()
 
     def _begin(self, step: int) -> None:
         """What is to be done once, before the first step that is run."""

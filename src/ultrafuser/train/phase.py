@@ -17,6 +17,8 @@ from ultrafuser.config.training import StageConfig, TrainConfig
 from ultrafuser.data.records import Record
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.fused import FusedForCausalLM
+from ultrafuser.model.lora import has_adapter, is_adapter
+from ultrafuser.train.observers import Observers
 from ultrafuser.train.optimizer import is_gate
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class Phase:
         folder: Takes `metrics.jsonl`, `checkpoints/` and `tensorboard/`.
         max_length: Columns of a record made by joining two; None: no limit.
         trained: Specialists that a stage with `train_specialists` trains; None: all.
+        observers: Who is told of every step, besides the metrics file.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Phase:
     folder: Path
     max_length: int | None = None
     trained: frozenset[str] | None = None
+    observers: Observers = Observers()  # noqa: RUF009  it cannot be changed
 
 
 def choose_parameters(
@@ -64,15 +68,19 @@ def choose_parameters(
 ) -> dict[str, nn.Parameter]:
     """Freeze and unfreeze; returns what is trained, by name. Of the specialists, all or `only` some.
 
-    The gate is left out where it decides nothing: beside a lone specialist, or under weights that need no training.
+    Of a specialist with an adapter that is the adapter alone. The gate is left out where it decides nothing: beside a lone specialist, or under weights that need no training.
 
     Raises:
         TrainingError: Nothing is left to train.
     """
     gate_decides = len(model.names) > 1 and model.config.weighting == "gate" and model.config.solo is None
+    adapted = {name for name, specialist in model.specialists.items() if has_adapter(specialist)}
     trained: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
-        chosen = train_specialists and (only is None or name.split(".")[1] in only)
+        specialist = name.split(".")[1]
+        chosen = train_specialists and (only is None or specialist in only)
+        if specialist in adapted or model.config.shared_base:
+            chosen = chosen and is_adapter(name)
         parameter.requires_grad_(gate_decides if is_gate(name) else chosen)
         if parameter.requires_grad:
             trained[name] = parameter

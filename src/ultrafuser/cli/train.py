@@ -61,4 +61,4 @@ def train(
         raise ConfigError(f"{without[0]} is for --dry-run")
     from ultrafuser.train.pipeline import train as run
 
-    print(run(load_recipe(recipe, overrides)))
+    print(run(load_recipe(recipe, overrides), recipe_file=recipe))

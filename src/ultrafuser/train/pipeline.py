@@ -33,11 +33,13 @@ from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.lean import SpecialistLoader, build_lean
 from ultrafuser.model.loss_backends import check_backend
 from ultrafuser.model.specialist import load_tokenizer
+from ultrafuser.train.environment import note_start
 from ultrafuser.train.hidden.fill import SpecialistsInMemory
 from ultrafuser.train.hidden.loop import CachedLoop
 from ultrafuser.train.hidden.store import check_folder
 from ultrafuser.train.loop import Loop
-from ultrafuser.train.parallel.world import begin_world
+from ultrafuser.train.observers import Observers
+from ultrafuser.train.parallel.world import begin_world, read_environment
 from ultrafuser.train.phase import DECISIVE, Phase
 
 logger = logging.getLogger(__name__)
@@ -62,12 +64,28 @@ class Trainer:
         recipe: The whole recipe.
         dataset: Its data, when already loaded.
         device: What to compute on; None: the recipe's.
+        callbacks: Told of every step, after those of the recipe; see `ultrafuser.train.callbacks`.
+
+    Attributes:
+        recipe_file: Where the recipe was read, for `environment.json`; None: nowhere.
+
+    Raises:
+        ConfigError: The recipe wants what is not here (data, a device, a tracker, a callback).
     """
 
-    def __init__(self, recipe: Recipe, *, dataset: Dataset | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        dataset: Dataset | None = None,
+        device: torch.device | None = None,
+        callbacks: Sequence[object] = (),
+    ) -> None:
         if recipe.data is None:
             raise ConfigError(f"recipe {recipe.name!r} has no data section, so there is nothing to train on")
         self.recipe = recipe
+        self.recipe_file: Path | None = None
+        self.observers = Observers.of(recipe, callbacks)
         self.data: DataConfig = recipe.data
         self.dataset = dataset if dataset is not None else load_dataset(recipe.data)
         if recipe.train.threads is not None:
@@ -119,6 +137,7 @@ class Trainer:
             raise TrainingError(
                 f"cannot write to {self.folder}: {error.strerror or error}. Make room, or choose another output"
             ) from error
+        note_start(self.folder, recipe_file=self.recipe_file, num_processes=read_environment()[1])
 
     def _stages(self) -> dict[str, StageConfig]:
         """The stages that have something to do, in order."""
@@ -246,6 +265,7 @@ class Trainer:
             folder=self.folder / name,
             max_length=self.data.max_length,
             trained=frozenset(trained) if trained is not None else None,
+            observers=self.observers,
         )
 
     def _encode(self, encoder: Encoder, records: Sequence[Record]) -> list[EncodedRecord]:
@@ -300,17 +320,20 @@ class Trainer:
         }
 
 
-def train(recipe: Recipe) -> Path:
-    """Train what a recipe describes; returns the folder of the fused model.
+def train(recipe: Recipe, *, callbacks: Sequence[object] = (), recipe_file: Path | None = None) -> Path:
+    """Train what a recipe describes; returns the folder of the fused model. See `Trainer`.
 
     Started by torchrun, this is one of several processes of a run, and all of them do it together.
     """
     parallel = recipe.train.parallel
     with begin_world(recipe.train.device, timeout_s=parallel.timeout_s) as world:
         if world.size == 1:
-            return Trainer(recipe).run()
+            trainer = Trainer(recipe, callbacks=callbacks)
+            trainer.recipe_file = recipe_file
+            return trainer.run()
         from ultrafuser.train.parallel.trainer import ParallelTrainer
 
         with world.together():
-            trainer = ParallelTrainer(recipe, world)
-        return trainer.run()
+            parallel_trainer = ParallelTrainer(recipe, world, callbacks=callbacks)
+        parallel_trainer.recipe_file = recipe_file
+        return parallel_trainer.run()

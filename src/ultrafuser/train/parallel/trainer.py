@@ -40,18 +40,21 @@ class ParallelTrainer(Trainer):
         recipe: The whole recipe.
         world: The processes.
         dataset: Its data, when already loaded.
+        callbacks: See `Trainer`; the first process calls them.
 
     Raises:
         ConfigError: The recipe wants something that several processes cannot do.
     """
 
-    def __init__(self, recipe: Recipe, world: World, *, dataset: Dataset | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, world: World, *, dataset: Dataset | None = None, callbacks: Sequence[object] = ()
+    ) -> None:
         if recipe.train.stage1_cache.mode != "off":
             raise ConfigError(
                 f"train.stage1_cache.mode: {recipe.train.stage1_cache.mode} is for one process, and there are "
                 f"{world.size}: set it to off, or train stage 1 in one process"
             )
-        super().__init__(recipe, dataset=dataset, device=world.device)
+        super().__init__(recipe, dataset=dataset, device=world.device, callbacks=callbacks)
         self.world = world
 
     def run(self) -> Path:

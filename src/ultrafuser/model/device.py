@@ -1,4 +1,4 @@
-"""Which device models run on: the one that is asked for, if it is there and works."""
+"""Which device models run on: the one that is asked for, if it is there and works; and what it is slow at."""
 
 from __future__ import annotations
 
@@ -24,3 +24,12 @@ def choose_device(name: str | None, setting: str) -> torch.device:
         found = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
         raise ConfigError(f"{setting} {name!r} cannot be used here: write {', '.join(['cpu', *found])}") from error
     return device
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for products of bf16 numbers; a CPU without them takes ten times as long."""
+    if device.type != "cpu":
+        return True
+    here = torch.cpu.get_capabilities()
+    names = ("avx512_bf16", "amx_bf16") if here.get("architecture") == "x86_64" else ("bf16",)
+    return any(here.get(name, False) for name in names)

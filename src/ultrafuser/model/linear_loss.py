@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ultrafuser.model.chunked_pass import ChunkedPass, Gradients, Inputs, Wanted
+from ultrafuser.model.device import multiplies_bf16
 
 # On a CPU a chunk of more tokens is slower and takes more memory (docs/results.md, "Fused loss"); a GPU wants them.
 MOST_TOKENS_ON_CPU = 256
@@ -84,7 +85,8 @@ def linear_loss(
 ) -> tuple[Float[Tensor, " M"], Bool[Tensor, " _"], Float[Tensor, "_ N"]]:
     """NLL of each label under the weighted sum of n linear heads, nats.
 
-    Under autocast matrices are multiplied in its type, else in that of each head; sums are fp32 (fp64 for fp64 heads).
+    Under autocast matrices are multiplied in its type, else in that of each head; on a CPU that has no instructions for
+    bf16, in fp32. Sums are fp32 (fp64 for fp64 heads).
 
     Args:
         weights: Gate weights.
@@ -101,20 +103,27 @@ def linear_loss(
         NLL; whether the likeliest token was the label; NLL of each specialist alone. The last two have no rows unless
         `details` are asked for, and no gradient.
     """
-    device = labels.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     tensors = [tensor for three in zip(hiddens, heads, biases, strict=True) for tensor in three]
     nll, hit, specialist_nll = LinearLoss.apply(  # type: ignore[no-untyped-call]
         weights,
         labels,
-        [autocast if autocast and head.dtype != torch.float64 else head.dtype for head in heads],
-        min(chunk, MOST_TOKENS_ON_CPU) if device == "cpu" else chunk,
+        [_product_dtype(head) for head in heads],
+        min(chunk, MOST_TOKENS_ON_CPU) if labels.device.type == "cpu" else chunk,
         details,
         torch.is_grad_enabled(),
         add_others,
         *tensors,
     )
     return nll, hit, specialist_nll
+
+
+def _product_dtype(head: Tensor) -> torch.dtype:
+    """The type in which a head is multiplied."""
+    kind = head.device.type
+    dtype = head.dtype
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    return torch.float32 if dtype == torch.bfloat16 and not multiplies_bf16(head.device) else dtype
 
 
 def _inputs(

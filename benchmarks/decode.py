@@ -2,13 +2,20 @@
 
     python benchmarks/decode.py --json decode.json        # the demo's and SmolLM2's fusion, where they are
     python benchmarks/decode.py runs/x/model --quick      # any fused model, a few minutes
+    python benchmarks/decode.py runs/x/model --only drafts --kinds lookup+self --seeds 2   # drafts against none
+    python benchmarks/decode.py runs/x/model --only drafts --kinds lookup+self --count 1.6,0.2   # on a busy machine
 
 Alternatives, each measured on the same prompts, to the same number of tokens, in fp32:
   transformers   one specialist (the first) with a growing cache, called token by token
   careful loop   every specialist with a growing cache, the gate, a weighted sum: what one writes by hand
   no cache       the same, every token from the whole text again (as MoCo does)
 The engine runs one specialist, then 2, 3 and, with the first one once more, 4; stacked and one after another; with
-exact and with reduced weights; plain and with drafts, on text, code and math prompts, greedy and sampled.
+exact and with reduced weights; plain and with drafts, on text, code and math prompts, greedy and sampled. What is
+learnt about drafts is kept from prompt to prompt and from domain to domain, as in a server; each set of kinds has its
+own.
+
+`--count PASS,TOKEN` takes no times: a pass of two to nine rows is said to cost PASS passes of one row and a drafted
+token TOKEN, decisions follow from that, and the speed-up is counted. So it is the same however busy the machine is.
 """
 
 from __future__ import annotations
@@ -20,10 +27,11 @@ import os
 import resource
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +49,7 @@ from ultrafuser.engine.bench import (
     time_decoding,
     time_prefill,
 )
-from ultrafuser.engine.drafts import DraftKind
+from ultrafuser.engine.drafts import Costs, DraftKind, Planner
 from ultrafuser.engine.engine import Engine, EngineOptions
 from ultrafuser.errors import ConfigError
 from ultrafuser.files import write_text_atomically
@@ -124,22 +132,64 @@ def prefill_seconds(model: FusedForCausalLM, rows: Rows, repetitions: int = 3) -
     return best
 
 
+class CountedCosts(Costs):
+    """Costs that are said and not measured, in passes of one row; passes and drafted tokens are counted.
+
+    Args:
+        of_block: Of a pass of two to nine rows.
+        of_token: Of a drafted token.
+    """
+
+    def __init__(self, of_block: float, of_token: float) -> None:
+        super().__init__()
+        self.of_block, self.of_token = of_block, of_token
+        self.rows: Counter[int] = Counter()
+        self.drafted = 0
+        for kind in ("self", "model"):
+            self.feeds[kind, 1] = of_token
+
+    def of_pass(self, num_choices: int, rows: float) -> float:
+        """What is said of a pass, between one row and two as on a line."""
+        del num_choices
+        return 1 + (self.of_block - 1) * min(rows - 1, 1)
+
+    def observe_pass(self, num_choices: int, rows: int, seconds: float) -> None:
+        """Count it."""
+        del num_choices, seconds
+        self.rows[rows] += 1
+
+    def observe_feed(self, kind: DraftKind, num_choices: int, seconds: float, num_tokens: int = 1) -> None:
+        """Count it."""
+        del kind, num_choices, seconds
+        self.drafted += num_tokens
+
+    @property
+    def spent(self) -> float:
+        """Passes of one row that all of it would have taken."""
+        return sum(number * self.of_pass(1, rows) for rows, number in self.rows.items()) + self.drafted * self.of_token
+
+
 class Bench:
     """All measurements of one fused model.
 
     Args:
         place: Its folder.
         quick: A few tokens and prompts.
+        num_seeds: Of sampled answers; 0 takes what `quick` says.
+        kinds: Sets of drafts that are compared with none.
     """
 
-    def __init__(self, place: str, *, quick: bool) -> None:
+    def __init__(
+        self, place: str, *, quick: bool, num_seeds: int = 0, kinds: Sequence[tuple[DraftKind, ...]] = DRAFTS[1:]
+    ) -> None:
         self.place = place
         self.tokens = 16 if quick else 32
         self.draft_tokens = 32 if quick else 64
         self.tokenizer = AutoTokenizer.from_pretrained(place)
         self.whole: FusedForCausalLM = FusedForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
         self.prompts = read_prompts(place, 2 if quick else 3)
-        self.seeds = (0,) if quick else (0, 1)
+        self.seeds = tuple(range(num_seeds or (1 if quick else 2)))
+        self.kinds = tuple(kinds)
         limits = [config.max_position_embeddings for config in self.whole.config.specialist_configs.values()]
         self.context = min([1024, *limits])
         self.timings: list[DecodeTiming] = []
@@ -254,25 +304,65 @@ class Bench:
     def speculate(self, names: Sequence[str], **options: Any) -> None:
         """Drafts on each domain, greedy and sampled, against plain decoding of the same prompts."""
         form = options.get("weights", "exact")
-        engine = self.engine(names, **options)
+        engine = self.engine(names, **{"drafts": ("lookup", "self"), **options})
+        planners = {kinds: engine.make_planner(kinds, 1) for kinds in ((), *self.kinds)}
         for domain, texts in self.prompts.items():
             prompts = self.rows(engine, texts)
             for temperature in (0.0, 0.7):
                 seeds = self.seeds if temperature else self.seeds[:1]
-                speeds: dict[tuple[DraftKind, ...], list[float]] = {kinds: [] for kinds in DRAFTS}
+                speeds: dict[tuple[DraftKind, ...], list[float]] = {kinds: [] for kinds in planners}
                 # Plain and drafted take turns, so that what else the machine does meets all alike.
                 for seed in seeds:
-                    for kinds in DRAFTS:
-                        engine.planner = engine.make_planner(kinds, 1)
+                    for kinds, planner in planners.items():
+                        engine.planner = planner
                         label = f"{domain}, T={temperature:g}, {form}, {'+'.join(kinds) or 'plain'}"
                         params = SamplingParams(temperature=temperature, seed=seed)
                         timing = time_decoding(
                             engine, prompts, name=label, batch=1, max_tokens=self.draft_tokens, params=params
                         )
                         speeds[kinds].append(self.add(timing).tokens_per_s)
-                for kinds in DRAFTS[1:]:
+                for kinds in self.kinds:
                     ratio = statistics.median(speeds[kinds]) / statistics.median(speeds[()])
                     self.ratios[f"{domain}, T={temperature:g}, {form}: {'+'.join(kinds)} / plain"] = ratio
+
+    def count(self, names: Sequence[str], of_block: float, of_token: float) -> None:
+        """What drafts on each domain would give at such costs."""
+        engine = self.engine(names, drafts=("lookup", "self"))
+        planners = {kinds: engine.make_planner(kinds, 1) for kinds in self.kinds}
+        for domain, texts in self.prompts.items():
+            prompts = self.rows(engine, texts)
+            for temperature in (0.0, 0.7):
+                for seed in self.seeds if temperature else self.seeds[:1]:
+                    params = SamplingParams(temperature=temperature, seed=seed)
+                    for kinds, planner in planners.items():
+                        label = f"{domain}, T={temperature:g}, seed {seed}: {'+'.join(kinds)}"
+                        self.ratios[label] = self.count_one(
+                            engine, planner, prompts, CountedCosts(of_block, of_token), label, params
+                        )
+
+    def count_one(
+        self,
+        engine: Engine,
+        planner: Planner,
+        prompts: Sequence[Rows],
+        costs: CountedCosts,
+        label: str,
+        params: SamplingParams,
+    ) -> float:
+        """One line; tokens for every pass of one row that was spent."""
+        engine.planner, planner.costs = planner, costs
+        before = engine.stats()
+        time_decoding(engine, prompts, name=label, batch=1, max_tokens=self.draft_tokens, params=params)
+        after = engine.stats()
+        passes, tokens = sum(costs.rows.values()), after.generated_tokens - before.generated_tokens - len(prompts)
+        print(
+            f"  {label:34} {tokens:4} tokens in {passes:4} passes, "
+            f"{after.drafted_tokens - before.drafted_tokens:4} drafted, "
+            f"{after.accepted_tokens - before.accepted_tokens:4} kept: {tokens / costs.spent:5.2f}  "
+            f"rows {dict(sorted(costs.rows.items()))}",
+            flush=True,
+        )
+        return tokens / costs.spent
 
     def reduced(self, names: Sequence[str], everything: Sequence[str]) -> None:
         """Weights in fp16 and int8, with what they lose."""
@@ -310,27 +400,49 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="fused models; default: the demo's and SmolLM2's, where they are")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", choices=("all", "drafts"), default="all")
+    parser.add_argument("--kinds", action="append", help="A set of drafts, as lookup+self; may be given again.")
+    parser.add_argument("--seeds", type=int, default=0, help="Of sampled answers; default: 2, quick 1.")
+    parser.add_argument("--count", metavar="PASS,TOKEN", help="Count drafts at such costs instead of taking times.")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
+    kinds = [cast(tuple[DraftKind, ...], tuple(kind.split("+"))) for kind in options.kinds or []] or DRAFTS[1:]
+    if unknown := {kind for some in kinds for kind in some} - {"lookup", "self"}:
+        raise SystemExit(f"--kinds {'+'.join(sorted(unknown))} is unknown: lookup, self, or lookup+self")
+    try:
+        counted = [float(cost) for cost in options.count.split(",")] if options.count else []
+    except ValueError:
+        counted = [0.0]
+    if counted and not (len(counted) == 2 and min(counted) > 0):
+        raise SystemExit(f"--count {options.count}: two numbers are wanted, as 1.6,0.2")
     places = options.models or [str(ROOT / place) for place in PLACES if (ROOT / place / "config.json").is_file()]
     if not places:
         raise SystemExit("no fused model is there: name one, or run `make demo` first")
     report: dict[str, Any] = {
+        "only": options.only,
+        "counted_at": counted,
         "date": date.today().isoformat(),
         "versions": versions(),
         "hardware": hardware(),
         "threads": options.threads,
-        "read_bandwidth_gb_per_s": read_bandwidth(),
+        "read_bandwidth_gb_per_s": 0.0 if counted else read_bandwidth(),
         "models": {},
     }
-    print(f"memory is read at {report['read_bandwidth_gb_per_s']:.1f} GB/s with {options.threads} threads")
+    if not counted:
+        print(f"memory is read at {report['read_bandwidth_gb_per_s']:.1f} GB/s with {options.threads} threads")
     for place in places:
         label = str(Path(place).resolve().relative_to(ROOT)) if Path(place).resolve().is_relative_to(ROOT) else place
         print(label)
-        bench = Bench(place, quick=options.quick)
-        bench.run()
+        bench = Bench(place, quick=options.quick, num_seeds=options.seeds, kinds=kinds)
+        names = list(bench.whole.names)
+        if counted:
+            bench.count(names, *counted)
+        elif options.only == "drafts":
+            bench.speculate(names)
+        else:
+            bench.run()
         for name, ratio in bench.ratios.items():
             print(f"    {name}: {ratio:.3f}")
         fractions = {

@@ -7,13 +7,17 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_helpers import always_draft, assert_answers, greedy, make_engine, make_similar, run
+from engine_helpers import always_draft, assert_answers, greedy, make_engine, make_similar, run, twin
 from helpers import make_fused, make_model
+from ultrafuser.engine.certainty import Certainty, Course
 from ultrafuser.engine.drafts import LENGTHS, PLAIN, Costs, DraftHistory, DraftKind, Lookup, Plan, Planner
 from ultrafuser.engine.requests import GenerationRequest
+from ultrafuser.engine.sampling import Sampler
+from ultrafuser.generation import SamplingParams
 
 
 def search(text: Sequence[int], length: int, sizes: Sequence[int] = (4, 3, 2)) -> list[int]:
@@ -184,21 +188,125 @@ def test_a_pass_that_was_held_up_counts_little():
     assert observed((1, 1000.0), (1, 1.0)).of_pass(1, 1) == pytest.approx(500.5)  # what is faster is believed sooner
 
 
-def test_a_specialist_in_fewer_bits_is_planned_as_one_more_drafter_whose_block_all_read():
-    """It costs less a token, its block a row more, and the block gives a token more."""
-    costs = {f"rows_{rows}": 1.0 for rows in range(2, 10)}
-    planner = make_planner(("self",), **costs)
+def saw_blocks(planner: Planner, history: DraftHistory, *, agreed: int, written: int, margin: float = 2.0) -> None:
+    """Many open drafts of the same fate."""
+    plan = Plan("self", 8, is_open=True)
+    for _ in range(60):
+        margins = [margin] * written
+        planner.observe_course(history, plan, margins, agreed=agreed, tokens=agreed + 1, read=written)
+
+
+def test_who_runs_ahead_is_planned_by_what_its_blocks_gave_and_what_their_parts_cost():
+    """How far it goes is open: it says so itself."""
+    planner = make_planner(("self",), **{f"rows_{rows}": 1.0 for rows in range(2, 10)})
     planner.is_read_again = True
     for _ in range(2):
-        planner.costs.observe_feed("self", 1, 0.1)
-    history = DraftHistory()
-    for _ in range(20):
-        history.observe(Plan("self", 2), 1, 2)  # one in two
-    # Two of 1 + .5 + .25 tokens for 1.2 s; four give less than two tokens for 1.4 s, and no draft one for 1 s.
-    assert planner.plan(1, [history], everything()) == Plan("self", 2)
-    for _ in range(2):
-        planner.costs.observe_feed("self", 1, 1.0)
-    assert planner.plan(1, [history], {"self": 2}).kind is None or planner.costs.feeds["self", 1] < 0.4
+        planner.costs.observe_feed("self", 1, 0.2)
+    history = planner.make_history()
+    saw_blocks(planner, history, agreed=1, written=2)  # two tokens for 1 + 2 * .2 s
+    assert planner.plan(1, [history], everything()) == Plan("self", 8, is_open=True)
+    assert planner.plan(1, [history], everything(3)) == Plan("self", 3, is_open=True)
+    for _ in range(40):
+        planner.costs.observe_feed("self", 1, 0.8)  # now for 1 + 2 * .8 s
+    assert planner.plan(1, [history], everything()) == PLAIN
+
+
+def test_a_lookup_is_judged_by_what_matches_of_its_length_gave():
+    """Long ones are mostly right and short ones are not: one share for both would be wrong for both."""
+    planner = make_planner(("lookup",), **{f"rows_{n + 1}": 1.5 for n in LENGTHS})
+    history = planner.make_history()
+    for _ in range(60):
+        for matched, agreed in ((4, 4), (2, 0)):
+            history.num_matched = matched
+            planner.observe(history, Plan("lookup", 4), agreed, 4)
+    for one in (history, planner.make_history()):
+        one.num_matched = 4
+        assert planner.plan(1, [one], everything()).kind == "lookup"
+        one.num_matched = 2
+        assert planner.plan(1, [one], everything()) == PLAIN
+
+
+def make_course(certainty: Certainty | None = None, *, feed: float = 0.2, block: float = 1.5) -> Course:
+    """A token is worth a second, a pass of several rows costs `block`."""
+    return Course(
+        certainty or Certainty(),
+        rate=0.8,
+        worth=1.0,
+        feed=feed,
+        of_pass=lambda length: block if length else 1.0,
+    )
+
+
+def test_a_draft_goes_on_while_its_writer_is_sure_and_stops_when_it_is_not():
+    course = make_course()
+    assert all(course.goes_on([9.0]) for _ in range(8))
+    assert not course.goes_on([0.01]) or not course.goes_on([0.01])  # one coin may do, two are too many
+    assert make_course(feed=0.05).goes_on([0.1])
+    assert not make_course(feed=0.5).goes_on([0.1])
+
+
+def test_of_a_draft_only_so_much_is_read_as_pays():
+    sure, unsure = make_course(), make_course(block=1.9)
+    for margin in (9.0, 9.0, 0.1):
+        sure.goes_on([margin])
+    unsure.goes_on([0.1])
+    assert sure.pays() == 3  # the last row costs nothing
+    assert unsure.pays() == 0  # half a token for nine tenths of a pass
+    dear = Course(Certainty(), rate=0.8, worth=1.0, feed=0.1, of_pass=lambda length: 1 + 0.6 * length)
+    for margin in (9.0, 9.0, 0.1):
+        dear.goes_on([margin])
+    assert dear.pays() == 2  # a row costs more than half a token
+
+
+def test_two_choices_share_the_length_of_a_draft():
+    """So it depends on both: one that is sure may carry one that is not."""
+    assert make_course(feed=0.3).goes_on([9.0])
+    assert make_course(feed=0.3).goes_on([9.0, 0.1])
+    assert not make_course(feed=0.4).goes_on([0.1, 0.1])
+
+
+def test_how_likely_a_guess_is_right_is_learnt_from_guesses_of_its_margin():
+    certainty = Certainty()
+    before = certainty.chance(9.0)
+    for number in range(400):
+        certainty.observe(0.1, number % 4 == 0)
+    assert certainty.chance(0.2) == pytest.approx(0.25, abs=0.05)
+    assert certainty.chance(9.0) == before
+
+
+def test_only_guesses_that_were_compared_count():
+    """Behind the first wrong one nothing is known; of one more than was read it is."""
+    planner = make_planner(("self",))
+    history = planner.make_history()
+    margins = [9.0, 0.1, 3.0, 3.0]
+    before = [planner.certainty["self"].chance(margin) for margin in margins]
+    planner.observe_course(history, Plan("self", 8, is_open=True), margins, agreed=1, tokens=2, read=4)
+    after = [planner.certainty["self"].chance(margin) for margin in margins]
+    assert after[0] > before[0]
+    assert after[1] < before[1]
+    assert after[2:] == before[2:]
+
+
+@given(st.integers(0, 2**20), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([1.0, 0.8]))
+@settings(max_examples=60, deadline=None)
+def test_a_guess_is_what_is_picked_and_its_margin_is_what_the_next_best_lacks(
+    seed: int, temperature: float, top_p: float
+):
+    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
+    sampler = Sampler(params, choice=0, prompt=(), ends=())
+    logits = torch.randn(30, generator=torch.Generator().manual_seed(seed))
+    token, margin = sampler.guess(logits, (3, 4))
+    assert token == sampler.pick(logits, (3, 4))
+    assert margin >= 0
+    if top_p == 1.0:
+
+        def lowered(by: float) -> int:
+            less = logits.clone()
+            less[token] -= by
+            return sampler.pick(less, (3, 4))
+
+        assert lowered(margin - 1e-3) == token
+        assert lowered(margin + 1e-3) != token
 
 
 # In the engine
@@ -251,3 +359,42 @@ def test_no_draft_reaches_beyond_the_last_token():
 
     assert len(heard.ids()) == 6
     assert engine.stats().drafted_tokens == engine.stats().accepted_tokens == 4  # the first and the last were not
+
+
+class SaidCosts(Costs):
+    """A pass of one row takes a second, one of more rows a little more, a drafted token a tenth."""
+
+    def of_pass(self, num_choices: int, rows: float) -> float:
+        del num_choices
+        return 1.0 if rows <= 1 else 1.3
+
+    def observe_feed(self, kind: DraftKind, num_choices: int, seconds: float, num_tokens: int = 1) -> None:
+        del seconds, num_tokens
+        self.feeds[kind, num_choices] = 0.1
+
+
+@pytest.mark.parametrize(("kind", "draft_weights"), [("self", "auto"), ("self", "exact"), ("model", "exact")])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_open_drafts_change_no_token(kind: Any, draft_weights: Any, temperature: float):
+    """Long ones, short ones and such as nobody reads: specialists that half agree make them all."""
+    model = make_fused(make_similar(noise=0.05))
+    requests = [
+        greedy(7, 9, 5, seed=seed, draw_seed=seed, max_tokens=40, ignore_end=True, temperature=temperature)
+        for seed in range(2)
+    ]
+    expected = [run(make_engine(twin(model)), request)[0].ids() for request in requests]
+    engine = make_engine(model, draft=make_model(seed=0), drafts=(kind,), draft_weights=draft_weights)
+    engine.planner.costs = SaidCosts()
+
+    def plan(num_choices: int, histories: Any, possible: dict[DraftKind, int]) -> Plan:
+        del num_choices, histories
+        length = min(8, possible.get(kind, 0))
+        return Plan(kind, length, is_open=True) if length else PLAIN
+
+    engine.planner.plan = plan  # type: ignore[method-assign]
+
+    heard = run(engine, *requests)
+
+    assert [one.ids() for one in heard] == expected
+    stats = engine.stats()
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens

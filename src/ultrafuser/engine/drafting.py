@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ultrafuser.engine.certainty import Course
 from ultrafuser.engine.choice import Choice
 from ultrafuser.engine.runner import Feed, Runner
 
@@ -17,7 +18,7 @@ _LAG = 8  # tokens; less than the margin of a slot
 
 
 def run_ahead(
-    runner: Runner, choices: Sequence[Choice], views: Sequence[int], length: int
+    runner: Runner, choices: Sequence[Choice], views: Sequence[int], length: int, course: Course | None = None
 ) -> tuple[list[list[int]], list[Tensor]]:
     """Let one view of each choice write `length` tokens by itself.
 
@@ -29,7 +30,8 @@ def run_ahead(
         runner: The model.
         choices: In the order of their slots.
         views: Who writes, for each choice.
-        length: Tokens, at least one.
+        length: Tokens, at least one; with a course the most there may be.
+        course: Says after every token whether the draft goes on.
 
     Returns:
         For each choice its draft, and the hidden states [length, H] from which it was written.
@@ -42,6 +44,7 @@ def run_ahead(
     drafts: list[list[int]] = [[] for _ in choices]
     hidden: list[list[Tensor]] = [[] for _ in choices]
     for step in range(length):
+        margins = [0.0] * len(choices)
         for view in sorted(set(views)):
             mine = [i for i, own in enumerate(views) if own == view]
             tokens = [list(choices[i].pending(view)) if step == 0 else drafts[i][-1:] for i in mine]
@@ -54,6 +57,8 @@ def run_ahead(
             logits = runner.logits(view, last, reduced=True)
             for row, i in enumerate(mine):
                 hidden[i].append(last[row])
-                token = choices[i].sampler.pick(logits[row], [*choices[i].response, *drafts[i]])
+                token, margins[i] = choices[i].sampler.guess(logits[row], [*choices[i].response, *drafts[i]])
                 drafts[i].append(token)
+        if course is not None and not course.goes_on(margins):
+            break
     return drafts, [torch.stack(states) for states in hidden]

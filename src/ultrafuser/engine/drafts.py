@@ -7,8 +7,9 @@ Who drafts: the specialist with the largest weight at the last token (`self`), w
 where there is such a copy of it, and is then joined by the others; the text itself (`lookup`): what followed when the
 same tokens stood there before; or a small `model`.
 
-How far is decided before every block from what was measured: how often guesses of that kind agreed lately for this
-choice, and what passes of that many rows cost. A guess that does not pay is not made, and is tried again now and then.
+Who drafts is decided before every block from what was measured: how often guesses of that kind agreed lately for this
+choice, and what passes of that many rows cost. How far a lookup goes is decided then, too; who runs ahead decides token
+by token (`certainty`). A guess that does not pay is not made, and is tried again now and then.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from ultrafuser.engine.certainty import Certainty, Course
 from ultrafuser.engine.requests import Ids
 
 DraftKind = Literal["self", "lookup", "model"]
@@ -31,13 +33,21 @@ _REDUCED = 0.4  # of a specialist's part of a pass: what it costs in fewer bits 
 
 
 class Plan(NamedTuple):
-    """What to draft in the next block; `length` 0 is plain decoding."""
+    """What to draft in the next block.
+
+    Attributes:
+        kind: Who drafts.
+        length: Tokens; 0 is plain decoding.
+        is_open: `length` is the most there may be: whoever drafts stops when it is not sure enough.
+    """
 
     kind: DraftKind | None
     length: int
+    is_open: bool = False
 
 
 PLAIN = Plan(None, 0)
+_Key = tuple[DraftKind, int]  # of a record: lookups have one for each number of tokens that agreed
 
 
 class Lookup:
@@ -62,10 +72,19 @@ class Lookup:
 
     def draft(self, length: int) -> list[int]:
         """What followed the last tokens when they stood there before, at most `length` tokens."""
+        at, _ = self._find()
+        return self.text[at : at + length] if at else []
+
+    @property
+    def num_matched(self) -> int:
+        """Tokens that agree where a draft would come from; 0 where there is none."""
+        return self._find()[1]
+
+    def _find(self) -> tuple[int, int]:
         for size in self.sizes:
             if len(self.text) > size and (at := self._after.get(tuple(self.text[-size:]))):
-                return self.text[at : at + length]
-        return []
+                return at, size
+        return 0, 0
 
     def _index(self) -> None:
         # An end of the text is indexed when something follows it, so that it never finds itself.
@@ -78,10 +97,17 @@ class Lookup:
 
 @dataclass(slots=True)
 class _Record:
-    """How guesses of one kind fared for one choice."""
+    """How guesses of one kind fared for one choice: single ones, and blocks of those that run ahead.
+
+    The first choice of all starts as one of which three guesses in four agree.
+    """
 
     agreed: float = 3.0
-    tried: float = 4.0  # so the first choice of all starts as one of which three in four agree
+    tried: float = 4.0
+    blocks: float = 1.0
+    tokens: float = 3.0  # that blocks gave
+    drafted: float = 4.0  # written for them
+    read: float = 4.0  # of these, what all read
     retry_after: int = _FIRST_RETRY
     tokens_without: int = 0
 
@@ -93,30 +119,53 @@ class _Record:
         self.agreed = self.agreed * keep + agreed
         self.tried = self.tried * keep + tried
 
+    def observe_block(self, tokens: int, drafted: int, read: int, keep: float = _KEEP) -> None:
+        self.blocks = self.blocks * keep + 1
+        self.tokens = self.tokens * keep + tokens
+        self.drafted = self.drafted * keep + drafted
+        self.read = self.read * keep + read
+
+    def as_first(self) -> _Record:
+        """What a new choice starts from when this is typical."""
+        each = 1 / self.blocks
+        return _Record(4 * self.rate, 4.0, 1.0, self.tokens * each, self.drafted * each, self.read * each)
+
 
 class DraftHistory:
     """What is remembered of the drafts of one choice.
 
     Args:
-        rates: Shares of guesses that agree, from which it starts.
+        typical: What was typical of earlier choices, from which it starts.
+
+    Attributes:
+        num_matched: Tokens that agree where a lookup would come from now: long matches fare otherwise than short ones.
     """
 
-    def __init__(self, rates: Mapping[DraftKind, float] | None = None) -> None:
-        self.records: dict[DraftKind, _Record] = defaultdict(_Record)
-        for kind, rate in (rates or {}).items():
-            self.records[kind] = _Record(agreed=4.0 * rate)
+    def __init__(self, typical: Mapping[_Key, _Record] | None = None) -> None:
+        self.records: dict[_Key, _Record] = defaultdict(_Record)
+        for key, record in (typical or {}).items():
+            self.records[key] = record.as_first()
+        self.num_matched = 0
+
+    def key(self, kind: DraftKind) -> _Key:
+        """Which record a guess of this kind counts in now."""
+        return kind, self.num_matched if kind == "lookup" else 0
+
+    def record(self, kind: DraftKind) -> _Record:
+        """How guesses like one of this kind now have fared."""
+        return self.records[self.key(kind)]
 
     def observe(self, plan: Plan, agreed: int, length: int) -> None:
         """A block was read: of `length` guesses the first `agreed` were right."""
         assert plan.kind is not None
-        record = self.records[plan.kind]
+        record = self.record(plan.kind)
         record.observe(agreed, min(agreed + 1, length))
         record.tokens_without = 0
 
     def pass_over(self, kinds: Iterable[DraftKind]) -> None:
         """A token was decoded without a guess of these kinds."""
         for kind in kinds:
-            self.records[kind].tokens_without += 1
+            self.record(kind).tokens_without += 1
 
 
 @dataclass(slots=True)
@@ -139,16 +188,16 @@ class Costs:
         """All specialists but the one that ran ahead read `rows` tokens of each choice."""
         self._observe("joins", (num_choices, rows), seconds)
 
-    def observe_feed(self, kind: DraftKind, num_choices: int, seconds: float) -> None:
-        """A drafter read one token of each choice."""
-        self._observe("feeds", (kind, num_choices), seconds)
+    def observe_feed(self, kind: DraftKind, num_choices: int, seconds: float, num_tokens: int = 1) -> None:
+        """A drafter wrote so many tokens of each choice, one after another."""
+        self._observe("feeds", (kind, num_choices), seconds / num_tokens)
 
-    def of_pass(self, num_choices: int, rows: int) -> float | None:
+    def of_pass(self, num_choices: int, rows: int | float) -> float | None:
         """What a pass takes: as measured, or as passes of fewer and of more rows let expect."""
         one = self.passes.get((num_choices, 1))
         return None if one is None else _expect(self.passes, num_choices, rows, one)
 
-    def of_join(self, num_choices: int, rows: int, one: float, share: float) -> float:
+    def of_join(self, num_choices: int, rows: int | float, one: float, share: float) -> float:
         """The same without the one that ran ahead, whose part the others' `share` leaves out."""
         known = {(num_choices, 1): share * one, **self.joins}
         return _expect(known, num_choices, rows, share * one)
@@ -181,17 +230,39 @@ class Planner:
         self.max_choices = max_choices
         self.is_read_again = is_read_again
         self.costs = Costs()
-        self._typical: dict[DraftKind, _Record] = defaultdict(_Record)
+        self.certainty: dict[DraftKind, Certainty] = defaultdict(Certainty)
+        self._typical: dict[_Key, _Record] = defaultdict(_Record)
 
     def make_history(self) -> DraftHistory:
         """For a new choice, which starts as what was typical of those before."""
-        return DraftHistory({kind: record.rate for kind, record in self._typical.items()})
+        return DraftHistory(self._typical)
 
     def observe(self, history: DraftHistory, plan: Plan, agreed: int, length: int) -> None:
-        """A block was read: of `length` guesses the first `agreed` were right."""
+        """Guesses were compared: of `length` the first `agreed` were right."""
         assert plan.kind is not None
         history.observe(plan, agreed, length)
-        self._typical[plan.kind].observe(agreed, min(agreed + 1, length), _KEEP_TYPICAL)
+        self._typical[history.key(plan.kind)].observe(agreed, min(agreed + 1, length), _KEEP_TYPICAL)
+
+    def observe_course(
+        self, history: DraftHistory, plan: Plan, margins: Sequence[float], *, agreed: int, tokens: int, read: int
+    ) -> None:
+        """An open draft was compared.
+
+        Args:
+            history: Of its choice.
+            plan: Whose draft.
+            margins: Of the tokens that were written.
+            agreed: How many of these were right, as far as that is known.
+            tokens: What the block gave.
+            read: Tokens of the draft that all read.
+        """
+        assert plan.kind is not None
+        compared = margins[: min(agreed + 1, tokens)]
+        for number, margin in enumerate(compared):
+            self.certainty[plan.kind].observe(margin, number < agreed)
+        self.observe(history, plan, agreed, len(compared))
+        history.record(plan.kind).observe_block(tokens, len(margins), read)
+        self._typical[history.key(plan.kind)].observe_block(tokens, len(margins), read, _KEEP_TYPICAL)
 
     def plan(self, num_choices: int, histories: Sequence[DraftHistory], possible: dict[DraftKind, int]) -> Plan:
         """The block that promises the most tokens per second.
@@ -206,49 +277,89 @@ class Planner:
             return PLAIN
         best, best_speed = PLAIN, _GAIN / one
         for kind in self.kinds:
-            records = [history.records[kind] for history in histories]
+            longest = min(possible.get(kind, 0), LENGTHS[-1])
+            if longest < LENGTHS[0]:
+                continue
+            records = [history.record(kind) for history in histories]
+            if kind != "lookup":
+                speed = self._open_speed(kind, num_choices, records, one)
+                if speed > best_speed:
+                    best, best_speed = Plan(kind, longest, is_open=True), speed
+                continue
             rate = sum(record.rate for record in records) / len(records)
-            for length in LENGTHS:
-                if length > possible.get(kind, 0):
-                    continue
-                bonus = kind != "self" or self.is_read_again
-                speed = _expected(rate, length, bonus=bonus) / self._seconds(kind, num_choices, length, one)
+            for length in (n for n in LENGTHS if n <= longest):
+                speed = _expected(rate, length) / self._of_pass(kind, num_choices, length)
                 if speed > best_speed:
                     best, best_speed = Plan(kind, length), speed
         if best.kind is None:
             return self._retry(histories, possible)
         for history in histories:
-            history.records[best.kind].retry_after = _FIRST_RETRY
+            history.record(best.kind).retry_after = _FIRST_RETRY
         return best
+
+    def course(self, plan: Plan, histories: Sequence[DraftHistory]) -> Course | None:
+        """Decides how far the draft of a plan goes, if that is open."""
+        num_choices = len(histories)
+        if not plan.is_open or plan.kind is None:
+            return None
+        kind = plan.kind
+        one = self.costs.of_pass(num_choices, 1)
+        assert one is not None, "an open plan follows from measured passes"
+        records = [history.record(kind) for history in histories]
+        return Course(
+            self.certainty[kind],
+            rate=sum(record.rate for record in records) / len(records),
+            worth=1 / max(self._open_speed(kind, num_choices, records, one), 1 / one),
+            feed=self._feed(kind, num_choices, one),
+            of_pass=lambda length: self._of_pass(kind, num_choices, length),
+        )
+
+    def is_joined(self, kind: DraftKind | None) -> bool:
+        """Whether who drafts has then read the block already, so that only the others read it."""
+        return kind == "self" and not self.is_read_again
+
+    def _open_speed(self, kind: DraftKind, num_choices: int, records: Sequence[_Record], one: float) -> float:
+        """Tokens per second that open drafts of this kind have given lately, by what their parts cost."""
+        tokens, drafted, read = (
+            sum(total / record.blocks for total, record in zip(totals, records, strict=True)) / len(records)
+            for totals in zip(*((r.tokens, r.drafted, r.read) for r in records), strict=True)
+        )
+        seconds = self._of_pass(kind, num_choices, read) + drafted * self._feed(kind, num_choices, one)
+        return float(tokens / seconds)
 
     def _retry(self, histories: Sequence[DraftHistory], possible: dict[DraftKind, int]) -> Plan:
         for kind in self.kinds:
-            records = [history.records[kind] for history in histories]
-            if possible.get(kind, 0) >= LENGTHS[0] and all(r.tokens_without >= r.retry_after for r in records):
+            records = [history.record(kind) for history in histories]
+            longest = min(possible.get(kind, 0), LENGTHS[-1])
+            if longest >= LENGTHS[0] and all(r.tokens_without >= r.retry_after for r in records):
                 for record in records:
                     record.retry_after = min(2 * record.retry_after, _LAST_RETRY)
-                return Plan(kind, LENGTHS[0])
+                return Plan(kind, LENGTHS[0]) if kind == "lookup" else Plan(kind, longest, is_open=True)
         return PLAIN
 
-    def _seconds(self, kind: DraftKind, num_choices: int, length: int, one: float) -> float:
-        """What a block takes, its draft included."""
+    def _of_pass(self, kind: DraftKind, num_choices: int, length: int | float) -> float:
+        """What reading a draft of `length` tokens takes."""
+        one = self.costs.of_pass(num_choices, 1)
         whole = self.costs.of_pass(num_choices, length + 1)
+        assert one is not None, "a pass of one row was measured"
         assert whole is not None, "a pass of one row was measured"
-        if kind == "lookup":
+        if not self.is_joined(kind):
             return whole
+        return self.costs.of_join(num_choices, max(length, 1), one, 1 - 1 / self.num_specialists)
+
+    def _feed(self, kind: DraftKind, num_choices: int, one: float) -> float:
+        """What writing a token of a draft takes."""
         part = one / self.num_specialists
-        if kind == "self" and not self.is_read_again:  # the drafter has read the block already
-            whole = self.costs.of_join(num_choices, length, one, (one - part) / one)
         guess = _REDUCED * part if kind == "self" and self.is_read_again else part
-        return whole + length * self.costs.feeds.get((kind, num_choices), guess)
+        return self.costs.feeds.get((kind, num_choices), guess)
 
 
-def _expected(rate: float, length: int, *, bonus: bool) -> float:
-    """Tokens of a block whose guesses agree at this rate; `bonus`: one more follows the last guess."""
-    return float(sum(rate**i for i in range(length + bonus)))
+def _expected(rate: float, length: int) -> float:
+    """Tokens of a block whose guesses agree at this rate: one more follows the last guess."""
+    return float(sum(rate**i for i in range(length + 1)))
 
 
-def _expect(known: Mapping[tuple[int, int], float], num_choices: int, rows: int, one: float) -> float:
+def _expect(known: Mapping[tuple[int, int], float], num_choices: int, rows: int | float, one: float) -> float:
     """A line between the nearest measured numbers of rows; beyond the last one, `_ROW` of one row for each row."""
     costs = {r: seconds for (b, r), seconds in known.items() if b == num_choices}
     below = max(r for r in costs if r <= rows)

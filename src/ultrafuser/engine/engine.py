@@ -22,7 +22,7 @@ from ultrafuser.engine.choice import Choice, State, fixed_weights
 from ultrafuser.engine.decoding import Advance, Block, decode, token_log_probs
 from ultrafuser.engine.detokenize import Detokenizer
 from ultrafuser.engine.drafting import run_ahead
-from ultrafuser.engine.drafts import PLAIN, DraftHistory, DraftKind, Lookup, Plan, Planner
+from ultrafuser.engine.drafts import LENGTHS, PLAIN, DraftHistory, DraftKind, Lookup, Plan, Planner
 from ultrafuser.engine.memory import fit_slots, may_pack
 from ultrafuser.engine.prefill import first_logits, first_weights, has_read_prompt, read_chunk
 from ultrafuser.engine.requests import EngineStats, GenerationRequest, Listener
@@ -340,19 +340,25 @@ class Engine:
         plan = self._plan(choices)
         drafts: list[list[int]] = [[] for _ in choices]
         known: list[dict[int, torch.Tensor]] = [{} for _ in choices]
-        is_join = plan.kind == "self" and not self.planner.is_read_again
+        is_join = self.planner.is_joined(plan.kind)
+        course = self.planner.course(plan, [self._memory[id(choice)].history for choice in choices])
+        guesses = drafts
         began = time.perf_counter()
         if plan.kind == "lookup":
             drafts = [self._lookup(choice).draft(min(plan.length, self._room(choice))) for choice in choices]
+            guesses = drafts
         elif plan.kind is not None:
             heaviest = [max(range(len(c.last_weights)), key=c.last_weights.__getitem__) for c in choices]
             views = heaviest if plan.kind == "self" else [len(self.names)] * len(choices)
-            drafts, states = run_ahead(self.runner, choices, views, plan.length)
+            guesses, states = run_ahead(self.runner, choices, views, plan.length, course)
+            num_written = len(guesses[0])
             if is_join:
                 known = [{view: hidden} for view, hidden in zip(views, states, strict=True)]
-            self.planner.costs.observe_feed(plan.kind, len(choices), (time.perf_counter() - began) / plan.length)
+            num_read = num_written if is_join or course is None else course.pays()
+            drafts = [guess[:num_read] for guess in guesses]
+            self.planner.costs.observe_feed(plan.kind, len(choices), time.perf_counter() - began, num_written)
         began = time.perf_counter()
-        rows = [plan.length if is_join else len(draft) + 1 for draft in drafts]
+        rows = [len(draft) if is_join else len(draft) + 1 for draft in drafts]
         blocks = [Block(*parts) for parts in zip(choices, drafts, rows, known, strict=True)]
         pending = [len(c.pending(len(self.names))) if self.has_draft_model else 0 for c in choices]
         absences = {choice.slot: self._memory[id(choice)].absences.of(choice) for choice in choices}
@@ -364,11 +370,12 @@ class Engine:
         observe = costs.observe_join if is_join else costs.observe_pass
         observe(len(choices), max(rows), time.perf_counter() - began)
         self._counters.steps += 1
-        for block, advance, waits, slot in zip(blocks, advances, pending, slots, strict=True):
-            self._remember(block, advance, plan)
+        for row, (block, advance, waits, slot) in enumerate(zip(blocks, advances, pending, slots, strict=True)):
+            margins = [at[row] for at in course.margins] if course is not None else []
+            self._remember(block, advance, plan, guesses[row], margins)
             self._account(block.choice, advance, absent.get(slot, set()))
             if plan.kind == "model":
-                block.choice.seen[-1] += waits + min(max(advance.num_tokens - 1, 0), plan.length - 1)
+                block.choice.seen[-1] += waits + min(max(advance.num_tokens - 1, 0), len(guesses[row]) - 1)
             self._settle(block.choice, advance)
 
     def _plan(self, choices: Sequence[Choice]) -> Plan:
@@ -378,7 +385,9 @@ class Engine:
         possible: dict[DraftKind, int] = {}
         for kind in self.planner.kinds:
             if kind == "lookup":
-                longest = max(len(self._lookup(choice).draft(8)) for choice in choices)
+                longest = max(len(self._lookup(choice).draft(LENGTHS[-1])) for choice in choices)
+                for choice in choices:
+                    self._memory[id(choice)].history.num_matched = self._lookup(choice).num_matched
                 if longest:
                     possible[kind] = min(longest, room)
             else:
@@ -400,13 +409,22 @@ class Engine:
         memory.lookup.extend(choice.response[len(memory.lookup.text) - len(row) :])
         return memory.lookup
 
-    def _remember(self, block: Block, advance: Advance, plan: Plan) -> None:
-        if plan.kind is None or not block.drafts:
+    def _remember(
+        self, block: Block, advance: Advance, plan: Plan, guesses: Sequence[int], margins: Sequence[float]
+    ) -> None:
+        if plan.kind is None or not guesses or not advance.num_tokens:
             return
-        agreed = sum(a == b for a, b in zip(block.drafts, block.choice.response[-advance.num_tokens :], strict=False))
-        self.planner.observe(self._memory[id(block.choice)].history, plan, agreed, len(block.drafts))
-        self._counters.drafted_tokens += len(block.drafts)
-        self._counters.accepted_tokens += agreed
+        # What was chosen says of one guess more than was read whether it is right.
+        chosen = block.choice.response[-advance.num_tokens :]
+        agreed = sum(a == b for a, b in zip(guesses, chosen, strict=False))
+        history, read = self._memory[id(block.choice)].history, len(block.drafts)
+        if plan.is_open:
+            tokens = advance.num_tokens
+            self.planner.observe_course(history, plan, margins, agreed=agreed, tokens=tokens, read=read)
+        else:
+            self.planner.observe(history, plan, agreed, len(guesses))
+        self._counters.drafted_tokens += len(guesses)
+        self._counters.accepted_tokens += min(agreed, read)
 
     def _account(self, choice: Choice, advance: Advance, absent: set[int]) -> None:
         self._memory[id(choice)].absences.observe(choice.last_weights, absent)
@@ -421,6 +439,8 @@ class Engine:
         if advance.reason is None:
             choice.emit(advance.pieces)
             return
+        if advance.reason == "error":
+            self.runner.clear_slot(choice.slot)
         self._leave(choice)
         self._finish(choice, advance)
 

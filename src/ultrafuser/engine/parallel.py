@@ -77,6 +77,10 @@ class ParallelRunner(Runner):
         """Weights that one pass of all specialists reads."""
         return self._weight_bytes
 
+    def clear_slot(self, slot: int) -> None:
+        """Forget what a slot holds."""
+        self._orders.append({"clear": slot})
+
     def copy_slot(self, source: int, target: int, lengths: Sequence[int]) -> None:
         """Copy what a slot holds, `lengths` tokens of each view, to another."""
         self._orders.append({"copy": [source, target], "lengths": list(lengths)})

@@ -132,6 +132,11 @@ class Runner:
         """Weights that one pass of all specialists reads."""
         return sum(g.backbone.weight_bytes for g in self.groups if g.views[0] < self.num_specialists)
 
+    def clear_slot(self, slot: int) -> None:
+        """Forget what a slot holds."""
+        for group in self.groups:
+            group.cache.clear(slot)
+
     def copy_slot(self, source: int, target: int, lengths: Sequence[int]) -> None:
         """Copy what a slot holds, `lengths` tokens of each view, to another."""
         for group in self.groups:

@@ -12,6 +12,7 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Collection, Sequence
 
@@ -69,6 +70,18 @@ class Sampler:
             return int(logits.argmax())
         probs = self._cut(logits / self.params.temperature)
         return int((probs / self._noise(len(response), logits)).argmax())
+
+    def guess(self, logits: Float[Tensor, " V"], response: Sequence[int]) -> tuple[int, float]:
+        """What `pick` gives, and how many logits the second-best token is behind it, noise included."""
+        if not self.takes_largest:
+            logits = self._penalised(logits.float(), response)
+        if self.params.temperature == 0:
+            first, second = logits.topk(2).values.tolist()
+            return int(logits.argmax()), first - second
+        scores = self._cut(logits / self.params.temperature) / self._noise(len(response), logits)
+        first, second = scores.topk(2).values.tolist()
+        margin = math.log(first / second) * self.params.temperature if second > 0 else math.inf
+        return int(scores.argmax()), margin
 
     def probabilities(self, logits: Float[Tensor, " V"], response: Sequence[int]) -> Float[Tensor, " V"]:
         """What `pick` draws from when the temperature is not 0."""

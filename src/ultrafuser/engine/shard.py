@@ -111,6 +111,8 @@ class Shard:
             source, target = order["copy"]
             self.runner.copy_slot(source, target, [order["lengths"][int(self.view)]])
             self.kept.copy(source, target)
+        elif "clear" in order:
+            self.runner.clear_slot(order["clear"])
         elif self.view in order["feeds"]:
             feed = order["feeds"][self.view]
             hidden = self.runner.hidden({0: Feed(feed["slots"], feed["starts"], feed["tokens"])})[0]

@@ -48,6 +48,11 @@ class SlotCache:
         per_layer = (2 * k.shape[1] * k.shape[3] * k.element_size() for k in self.keys)
         return self.num_members * sum(per_layer)
 
+    def clear(self, slot: int) -> None:
+        """Forget what a slot holds: numbers that are none would spoil the next choice, though it never sees them."""
+        for storage in (*self.keys, *self.values):
+            storage[slot * self.num_members : (slot + 1) * self.num_members].zero_()
+
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` columns of one slot to another."""
         n = self.num_members

@@ -115,3 +115,23 @@ class Recipe(Section):
                 "set one of them otherwise"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> Self:
+        tuned = {f"specialists.{name}.tune": source.tune for name, source in self.specialists.items()}
+        for place, stage in {"stage1": self.stage1, "stage2": self.stage2, **tuned}.items():
+            if stage is None:
+                continue
+            if stage.lora is not None and not stage.train_specialists:
+                raise ValueError(f"{place}.lora adapts specialists, but {place}.train_specialists is false")
+            if self.shared_base and stage.train_specialists and stage.lora is None:
+                raise ValueError(
+                    f"shared_base keeps one copy of all weights but adapters, so {place} needs lora: to train "
+                    "specialists whole, set shared_base: false"
+                )
+        if self.shared_base and self.train.stage1_cache.mode != "off":
+            raise ValueError(
+                "shared_base holds all specialists in the memory of one, train.stage1_cache holds one at a time: set "
+                "one of them otherwise"
+            )
+        return self

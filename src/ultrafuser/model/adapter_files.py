@@ -16,10 +16,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
-
 from ultrafuser.errors import ModelError
-from ultrafuser.model.lora import WEIGHTS_FILE, Adapter, lora_layers, read_adapter, without_adapter, write_adapter
+from ultrafuser.model.lora import WEIGHTS_FILE, Adapter, has_adapter, read_adapter, without_adapter, write_adapter
 
 if TYPE_CHECKING:
     from ultrafuser.model.fused import FusedForCausalLM
@@ -29,7 +27,7 @@ HERE = "./"  # how a place inside the folder itself begins
 
 def has_adapters(model: FusedForCausalLM) -> bool:
     """Whether a specialist has an adapter, or all share a base."""
-    return bool(model.config.shared_base) or any(_is_adapted(part) for part in model.specialists.values())
+    return bool(model.config.shared_base) or any(has_adapter(part) for part in model.specialists.values())
 
 
 def write_adapters(model: FusedForCausalLM, folder: Path, sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -38,9 +36,9 @@ def write_adapters(model: FusedForCausalLM, folder: Path, sources: list[dict[str
     for part in sources:
         specialist: Any = model.specialists[part["name"]]
         lora = None
-        if _is_adapted(specialist):
+        if has_adapter(specialist):
             lora = f"{HERE}adapters/{part['name']}"
-            write_adapter(specialist, folder / lora, base=part["model"], revision=part.get("revision"))
+            write_adapter(specialist, folder / lora, base=absolute(part["model"]), revision=part.get("revision"))
         written.append({**part, "lora": lora, "lora_digest": _digest(folder / lora) if lora else None})
     return written
 
@@ -86,8 +84,9 @@ def locate(part: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**part, "model": str((folder / place).resolve())} if place.startswith(HERE) else copy.copy(part)
 
 
-def _is_adapted(specialist: PreTrainedModel) -> bool:
-    return next(lora_layers(specialist), None) is not None
+def absolute(place: str) -> str:
+    """A folder's whole path; a hub id as it is."""
+    return str(Path(place).resolve()) if Path(place).exists() else place
 
 
 def _digest(adapter: Path) -> str:

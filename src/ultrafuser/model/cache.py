@@ -92,7 +92,8 @@ class JointCache(FusedCache):
             self.held_scores = self.held_scores.index_select(0, beam_idx.to(self.held_scores.device))
 
     def _of_all(self, rows: Tensor) -> Tensor:
-        keys: Any = self.layers[0].keys
+        first: Any = self.layers[0]
+        keys = first.keys
         num_rows = 0 if keys is None else keys.shape[0] // self.num_specialists
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()

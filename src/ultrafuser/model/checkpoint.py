@@ -24,6 +24,7 @@ from ultrafuser.config.recipe import SpecialistConfig
 from ultrafuser.errors import ModelError
 from ultrafuser.files import put_in_place
 from ultrafuser.model.adapter_files import (
+    absolute,
     has_adapters,
     locate,
     read_adapters,
@@ -194,7 +195,8 @@ def _load_gate_only(
     adapters = read_adapters(folder, config.sources, check=check_digests)
     models: dict[str, PreTrainedModel] = {}
     for part in config.sources:
-        check_adapters(_as_source(part, trust_remote_code), {part["name"]: adapters[part["name"]]})
+        if (adapter := adapters[part["name"]]) is not None:
+            check_adapters(_as_source(part, trust_remote_code), {part["name"]: adapter})
     for part in config.sources[: 1 if config.shared_base else None]:
         recorded = _load_part(part, config, trust_remote_code)
         if check_digests and (actual := state_digest(recorded)) != part["digest"]:
@@ -305,7 +307,7 @@ def _describe_source(model: FusedForCausalLM, part: Mapping[str, Any]) -> dict[s
             f"specialist {name!r} came from no folder or hub id, so a gate cannot refer to it: save the whole model, "
             "or save the specialist first and build from its folder"
         )
-    places = {key: _absolute(part[key]) for key in ("model", "adapter")}
+    places = {key: absolute(part[key]) if part[key] else None for key in ("model", "adapter")}
     if is_lean(specialist):  # not in memory, so it cannot have been trained; its digest was taken when it was read
         return {**part, **places}
     described = {
@@ -329,10 +331,6 @@ def frozen_digest(specialist: PreTrainedModel) -> str:
 
 def _frozen_dtype(specialist: PreTrainedModel) -> torch.dtype:
     return next(value.dtype for value in frozen_state(specialist).values() if value.is_floating_point())
-
-
-def _absolute(place: str | None) -> str | None:
-    return str(Path(place).resolve()) if place is not None and Path(place).exists() else place
 
 
 def _options(config: FusedConfig) -> dict[str, Any]:

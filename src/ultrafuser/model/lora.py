@@ -147,6 +147,16 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from ((place, module) for place, module in model.named_modules() if isinstance(module, LoraLayer))
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model has an adapter."""
+    return next(lora_layers(model), None) is not None
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return any(f".{part}.{ADAPTER_NAME}." in name for part in _PARTS)
+
+
 def low_rank_update(layer: Any, x: Tensor) -> Tensor:
     """What an adapted layer adds to its base layer's output, in the adapter's own type."""
     lowered = _module(layer, "lora_A")(layer.lora_dropout[ADAPTER_NAME](x.to(_module(layer, "lora_A").weight.dtype)))
@@ -165,11 +175,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 def frozen_state(model: nn.Module) -> dict[str, Tensor]:
     """All weights of a model but its adapters', under the names they have without adapters."""
-    return {
-        key.replace(".base_layer.", "."): value
-        for key, value in model.state_dict().items()
-        if not any(f".{part}.{ADAPTER_NAME}." in key for part in _PARTS)
-    }
+    return {key.replace(".base_layer.", "."): value for key, value in model.state_dict().items() if not is_adapter(key)}
 
 
 @torch.no_grad()

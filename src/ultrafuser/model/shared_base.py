@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ultrafuser.config.recipe import SpecialistConfig
 from ultrafuser.errors import ConfigError, ModelError
 from ultrafuser.model.lora import CONFIG_FILE, Adapter, add_adapter, read_adapter, read_adapter_config, share_weights
-from ultrafuser.model.specialist import first_line, load_specialist, location_options
+from ultrafuser.model.outline import outline
+from ultrafuser.model.specialist import load_specialist
 from ultrafuser.model.vocabulary import trim_vocabulary
 
 
@@ -101,15 +102,8 @@ def check_adapters(base: SpecialistConfig, adapters: Mapping[str, Adapter | None
     Raises:
         ModelError: No base there, or an adapter that does not fit; says whose and where.
     """
-    if base.gguf_file is not None:  # its configuration is in the file of its weights
-        return
-    try:
-        config = AutoConfig.from_pretrained(base.model, **location_options(base))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no base model could be found in {base.model}: {first_line(error)}") from error
     with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
-        share_base(shell, adapters)
+        share_base(outline(base, name="base"), adapters)
 
 
 def check_shared(specialists: Mapping[str, PreTrainedModel]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ultrafuser.config.recipe import SpecialistConfig
 from ultrafuser.errors import ModelError
+from ultrafuser.model.outline import resolve_adapter
 
 
 def parse_source(source: str | Path) -> SpecialistConfig:
@@ -41,7 +41,7 @@ def load_specialist(source: SpecialistConfig, *, name: str, dtype: torch.dtype |
             source.model,
             dtype=dtype or torch.float32,
             use_safetensors=None if source.gguf_file else True,
-            **location_options(source),
+            **_location(source),
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(_explain(source, name, error)) from error
@@ -59,10 +59,11 @@ def load_tokenizer(source: SpecialistConfig, *, name: str = "tokenizer") -> Any:
         ModelError: There is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(source.model, **location_options(source))
+        return AutoTokenizer.from_pretrained(source.model, **_location(source))
     except (OSError, ValueError, ImportError) as error:
-        if base := _base_of_adapter(source):
-            return load_tokenizer(source.model_copy(update={"model": base}), name=name)
+        base = resolve_adapter(source)
+        if base.model != source.model:  # the folder of an adapter need not hold a tokenizer
+            return load_tokenizer(base, name=name)
         raise ModelError(_explain(source, name, error, what="tokenizer")) from error
 
 
@@ -77,12 +78,11 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return digest.hexdigest()
 
 
-def location_options(source: SpecialistConfig) -> dict[str, Any]:
-    """How a loader of transformers is told a source's revision, file and trust."""
+def _location(source: SpecialistConfig) -> dict[str, Any]:
     location: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     if source.revision is not None:
         location["revision"] = source.revision
@@ -102,12 +102,6 @@ def _load_adapter(source: SpecialistConfig, adapter: str, *, name: str, dtype: t
         raise ModelError(f"specialist {name!r}: the adapter in {adapter} names no base model; give model and adapter")
     whole = source.model_copy(update={"model": base, "adapter": adapter})
     return load_specialist(whole, name=name, dtype=dtype)
-
-
-def _base_of_adapter(source: SpecialistConfig) -> str | None:
-    """Where the base is, for a folder that holds an adapter alone."""
-    file = Path(source.model) / "adapter_config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") if file.is_file() else None
 
 
 def _merge_adapter(model: PreTrainedModel, adapter: str, *, name: str) -> PreTrainedModel:

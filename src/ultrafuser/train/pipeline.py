@@ -26,19 +26,23 @@ from ultrafuser.data.dataset import Dataset, encode_records, load_dataset
 from ultrafuser.data.records import Record
 from ultrafuser.errors import CheckpointError, ConfigError, DataError, TrainingError
 from ultrafuser.files import put_in_place
+from ultrafuser.model.adapter_files import absolute, has_adapters
 from ultrafuser.model.build import read_templates
 from ultrafuser.model.checkpoint import save_fused
 from ultrafuser.model.device import choose_device
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.lean import SpecialistLoader, build_lean
+from ultrafuser.model.lora import has_adapter, write_adapter
 from ultrafuser.model.loss_backends import check_backend
 from ultrafuser.model.specialist import load_tokenizer
+from ultrafuser.train.adapters import check_adapted_stages, give_adapters
 from ultrafuser.train.environment import note_start
 from ultrafuser.train.hidden.fill import SpecialistsInMemory
 from ultrafuser.train.hidden.loop import CachedLoop
 from ultrafuser.train.hidden.store import check_folder
 from ultrafuser.train.loop import Loop
 from ultrafuser.train.observers import Observers
+from ultrafuser.train.parallel.check import check_specialist_mode
 from ultrafuser.train.parallel.world import begin_world, read_environment
 from ultrafuser.train.phase import DECISIVE, Phase
 
@@ -92,6 +96,7 @@ class Trainer:
             torch.set_num_threads(recipe.train.threads)
         self.device = device if device is not None else choose_device(recipe.train.device, "train.device")
         check_backend(recipe.train.loss_backend, self.device, space=recipe.fusion.space)
+        check_adapted_stages(recipe)
         first = next(iter(recipe.specialists.values()))
         self.tokenizer: Any = load_tokenizer(SpecialistConfig(model=recipe.tokenizer) if recipe.tokenizer else first)
 
@@ -150,6 +155,8 @@ class Trainer:
     def _save(self, model: FusedForCausalLM, text: str, *, gate_only: bool = False) -> Path:
         # Now that no phase has refused: a recipe that does not fit this folder must not replace the one that does.
         (self.folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        # Adapters are small and their specialists are on disk: a copy of these would be most of the folder.
+        gate_only = gate_only or has_adapters(model)
         target = save_fused(model, self.folder / "model", tokenizer=self.tokenizer, recipe=text, gate_only=gate_only)
         logger.info("the fused model is in %s", target)
         return target
@@ -164,7 +171,7 @@ class Trainer:
         if source.tune is None:
             return source
         target = self.folder / "specialists" / name
-        if (target / "config.json").is_file():
+        if any((target / file).is_file() for file in ("config.json", "adapter_config.json")):
             self._check_settings(target, source)
         else:
             model = self.build({name: source})
@@ -213,6 +220,8 @@ class Trainer:
         With `train.stage1_cache` a stage of the gate alone runs on hidden states from disk; specialists that are not in
         the model are taken from the `loader`.
         """
+        if stage.lora is not None:
+            give_adapters(model, stage.lora, seed=self.recipe.seed, only=trained)
         encoder = Encoder(self.tokenizer, read_templates(model.config))
         phase = self._phase(name, model, stage, self._encode_domains(encoder, domains), trained=trained)
         cache = self.recipe.train.stage1_cache
@@ -276,6 +285,7 @@ class Trainer:
     def save_specialist(self, model: FusedForCausalLM, target: Path, source: SpecialistConfig) -> None:
         """A plain model folder with the settings it was made with: written beside its place, renamed when whole.
 
+        One that was tuned as an adapter is a peft folder that names its base.
         Its tokenizer carries the template it was tuned in, which need not be that of the shared tokenizer.
         """
         partial = target.with_name(f".{target.name}.partial")
@@ -284,7 +294,11 @@ class Trainer:
         specialist: Any = model.specialists[target.name]
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            specialist.save_pretrained(partial)
+            if has_adapter(specialist):
+                part = model.config.sources[0]
+                write_adapter(specialist, partial, base=absolute(part["model"]), revision=part["revision"])
+            else:
+                specialist.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             (partial / SETTINGS).write_text(json.dumps(self._settings(source), indent=1), encoding="utf-8")
             put_in_place(partial, target)
@@ -327,6 +341,9 @@ def train(recipe: Recipe, *, callbacks: Sequence[object] = (), recipe_file: Path
     """
     parallel = recipe.train.parallel
     with begin_world(recipe.train.device, timeout_s=parallel.timeout_s) as world:
+        if parallel.mode == "specialist":
+            with world.together():
+                check_specialist_mode(recipe, num_processes=world.size)
         if world.size == 1:
             trainer = Trainer(recipe, callbacks=callbacks)
             trainer.recipe_file = recipe_file

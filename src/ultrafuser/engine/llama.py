@@ -10,7 +10,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ultrafuser.engine.slots import SlotCache, SlotView
-from ultrafuser.engine.weights import AnyFormat, Product, make_product
+from ultrafuser.engine.weights import AnyFormat, Product, compute_type, make_product
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 _SCALED = ("logit_scale", "logits_scaling", "final_logit_softcapping", "pretraining_tp_scale")
@@ -40,6 +40,16 @@ def is_llama_like(model: PreTrainedModel) -> bool:
 def can_stack(models: Sequence[PreTrainedModel]) -> bool:
     """Whether Llama-like models have the same shapes and types, so that one pass can run them all."""
     return len({_signature(model) for model in models}) == 1
+
+
+class _Step(NamedTuple):
+    """What all layers of one forward have in common."""
+
+    view: SlotView
+    places: Tensor  # of new columns
+    mask: Tensor | None
+    cos: Tensor
+    sin: Tensor
 
 
 class LlamaStack:
@@ -73,19 +83,18 @@ class LlamaStack:
         self.num_kv_heads = config.num_key_value_heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
         self.hidden_size = config.hidden_size
-        self.eps = config.rms_norm_eps
+        self.eps_value, self.eps = float(config.rms_norm_eps), torch.tensor(config.rms_norm_eps)
         self.window: int | None = _windows(config)[0]
         self.device, self.dtype = models[0].device, models[0].dtype
-        self.compute_dtype = self.dtype if form == "exact" else torch.float32
-
         self.embeddings: list[Any] = [model.get_input_embeddings() for model in models]
+        self.compute_dtype = compute_type(self.embeddings[0].weight, form, pack=pack)
         kept = {id(embedding.weight) for embedding in self.embeddings}
 
         def product(parts: list[list[Any]]) -> Product:
             """Over the linear layers of each member."""
-            made = make_product(parts, form, num_threads=num_threads, pack=pack)
-            for linear in (linear for linears in parts for linear in linears):
-                if release and made.is_copy and id(linear.weight) not in kept:
+            made, copied = self._product(parts, form, num_threads=num_threads, pack=pack)
+            for linear in copied if release else ():
+                if id(linear.weight) not in kept:
                     linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)
             return made
 
@@ -97,11 +106,10 @@ class LlamaStack:
             ]
 
         def norm(name: str) -> list[Tensor]:
-            weights = [
-                torch.stack([layer[index].get_submodule(name).weight.detach() for layer in layers])[:, None, None]
+            return [
+                self._stacked([layer[index].get_submodule(name).weight for layer in layers])
                 for index in range(config.num_hidden_layers)
             ]
-            return [weight.to(self.compute_dtype) for weight in weights]  # [G, 1, 1, H] or [G, 1, 1, D]
 
         self.qkv = products("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.out = products("self_attn.o_proj")
@@ -112,10 +120,21 @@ class LlamaStack:
         has_head_norm = hasattr(layers[0][0].self_attn, "q_norm")
         self.norm_q = norm("self_attn.q_norm") if has_head_norm else None
         self.norm_k = norm("self_attn.k_norm") if has_head_norm else None
-        self.norm_out = torch.stack([base.norm.weight.detach() for base in bases])[:, None, None].to(self.compute_dtype)
+        self.norm_out = self._stacked([base.norm.weight for base in bases])
         self.head = product([[model.get_output_embeddings()] for model in models])
         self.released = release and self.head.is_copy
         self.cos, self.sin = self._rotations(bases[0], length)
+
+    def _product(
+        self, parts: list[list[Any]], form: AnyFormat, *, num_threads: int, pack: bool
+    ) -> tuple[Product, list[Any]]:
+        """The product over the linear layers of each member, and the layers whose weights it does not need."""
+        made = make_product(parts, form, num_threads=num_threads, pack=pack)
+        return made, [linear for linears in parts for linear in linears] if made.is_copy else []
+
+    def _stacked(self, weights: Sequence[Tensor]) -> Float[Tensor, "G 1 1 _"]:
+        """Weights of a norm."""
+        return torch.stack([weight.detach() for weight in weights])[:, None, None].to(self.compute_dtype)
 
     @property
     def kv_heads(self) -> list[tuple[int, int]]:
@@ -151,15 +170,12 @@ class LlamaStack:
     def run(self, ids: Int[Tensor, "G B T"], view: SlotView, member: int | None = None) -> Float[Tensor, "G B T H"]:
         """As `hidden`, over rows of a cache that are chosen already."""
         num_members, num_choices, num_new = ids.shape
-        members = range(self.num_members) if member is None else range(member, member + 1)
-        mask = self._mask(view, num_new)
-        # [R, 1, T, D], broadcast over heads
-        cos, sin = self.cos[view.positions][:, None], self.sin[view.positions][:, None]
-        x = torch.stack([self.embeddings[j](ids[i]) for i, j in enumerate(members)]).to(self.compute_dtype)
+        step = _Step(view, view.places(self.num_kv_heads), self._mask(view), *self._turns(view))
+        x = self._embed(ids, member).to(self.compute_dtype)
         shape = (num_members, num_choices * num_new, -1)
         for layer in range(len(self.qkv)):
             h = self._norm(x, self.norm_in[layer], member)
-            h = self._attention(layer, h.view(shape), view, mask, cos, sin, member)
+            h = self._attention(layer, h.view(shape), step, member)
             x = x + h.view_as(x)
             h = self._norm(x, self.norm_mlp[layer], member)
             gate, up = self.gate_up[layer](h.view(shape), member).chunk(2, dim=-1)
@@ -170,60 +186,72 @@ class LlamaStack:
         """Logits of all members, or of one."""
         return self.head(hidden.contiguous(), member)
 
+    def _embed(self, ids: Int[Tensor, "G B T"], member: int | None) -> Float[Tensor, "G B T H"]:
+        members = range(self.num_members) if member is None else (member,)
+        return torch.stack([self.embeddings[j](own) for j, own in zip(members, ids, strict=True)])
+
     def _attention(
-        self,
-        layer: int,
-        h: Float[Tensor, "G M H"],
-        view: SlotView,
-        mask: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        member: int | None,
+        self, layer: int, h: Float[Tensor, "G M H"], step: _Step, member: int | None
     ) -> Float[Tensor, "G M H"]:
-        num_members, num_new = len(h), view.num_new
-        num_rows = len(view.row_ids)
+        num_members, num_new, num_rows = len(h), step.view.num_new, len(step.view.row_ids)
         num_q, num_kv, size = self.num_heads, self.num_kv_heads, self.head_size
         qkv = self.qkv[layer](h, member)
-        # [G, B * T, heads * D] -> [R, heads, T, D], members varying fastest
+        # [G, B * T, heads * D] -> [R, T, heads, D], members varying fastest
         qkv = qkv.view(num_members, num_rows // num_members, num_new, num_q + 2 * num_kv, size)
-        qkv = qkv.transpose(0, 1).reshape(num_rows, num_new, num_q + 2 * num_kv, size).transpose(1, 2)
+        qkv = qkv.transpose(0, 1).reshape(num_rows, num_new, num_q + 2 * num_kv, size)
         if self.norm_q is not None and self.norm_k is not None:
-            q = self._head_norm(qkv[:, :num_q], self.norm_q[layer], member)
-            k = self._head_norm(qkv[:, num_q : num_q + num_kv], self.norm_k[layer], member)
-            rotated = torch.cat([q, k], dim=1)
-        else:
-            rotated = qkv[:, : num_q + num_kv]
-        rotated = torch.addcmul(rotated * cos, rotated.roll(size // 2, dims=-1), sin)
-        view.write(layer, rotated[:, num_q:], qkv[:, num_q + num_kv :])
-        keys, values = view.read(layer)
-        q = rotated[:, :num_q]
-        if mask is None and num_new > 1:  # the beginning of a text
+            q, k, v = torch.split(qkv, [num_q, num_kv, num_kv], 2)
+            q = self._head_norm(q, self.norm_q[layer], member)
+            qkv = torch.cat([q, self._head_norm(k, self.norm_k[layer], member), v], dim=2)
+        turned = torch.addcmul(qkv * step.cos, qkv.roll(size // 2, dims=-1), step.sin)
+        step.view.write_at(layer, step.places, turned[:, :, num_q:])
+        keys, values = step.view.read(layer)
+        q = turned[:, :, :num_q].transpose(1, 2)
+        if step.mask is None and num_new > 1:  # the beginning of a text
             y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=num_q != num_kv)
         else:
             # The query heads that share a key stand in for further tokens, so keys need not be repeated.
-            share = num_q // num_kv
-            folded = q.reshape(num_rows, num_kv, share * num_new, size)
-            many = mask if mask is None or num_new == 1 else mask.repeat(1, 1, share, 1)
-            y = F.scaled_dot_product_attention(folded, keys, values, attn_mask=many)
+            folded = q.reshape(num_rows, num_kv, num_q // num_kv * num_new, size)
+            y = F.scaled_dot_product_attention(folded, keys, values, attn_mask=step.mask)
             y = y.reshape(num_rows, num_q, num_new, size)
         y = y.transpose(1, 2).reshape(num_rows // num_members, num_members, num_new, num_q * size)
         return self.out[layer](y.transpose(0, 1).reshape(num_members, -1, num_q * size), member)
 
-    def _mask(self, view: SlotView, num_new: int) -> Tensor | None:
-        from_nothing = view.single == 0 and num_new > 1 and (self.window is None or num_new <= self.window)
-        return None if from_nothing else view.mask(self.window)
+    def _mask(self, view: SlotView) -> Tensor | None:
+        """What is added to scores [R, 1, share * T, L]; None for the beginning of a text, or where all is seen."""
+        num_new = view.num_new
+        if view.single == 0 and num_new > 1 and (self.window is None or num_new <= self.window):
+            return None
+        seen = view.mask(self.window)
+        if seen is None:
+            return None
+        # Once for all layers: each would make it of what is seen.
+        mask = torch.zeros(seen.shape, dtype=self.compute_dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+        return mask if num_new == 1 else mask.repeat(1, 1, self.num_heads // self.num_kv_heads, 1)
+
+    def _turns(self, view: SlotView) -> tuple[Float[Tensor, "R T heads D"], Float[Tensor, "R T heads D"]]:
+        """Cosine and sine for the heads of query, key and value; values are not turned."""
+        shape = (*view.positions.shape, self.num_heads + 2 * self.num_kv_heads, self.head_size)
+        cos, sin = (table[view.positions][:, :, None].expand(shape).clone() for table in (self.cos, self.sin))
+        cos[:, :, -self.num_kv_heads :] = 1
+        sin[:, :, -self.num_kv_heads :] = 0
+        return cos, sin
 
     def _norm(self, x: Float[Tensor, "G B T H"], weight: Tensor, member: int | None) -> Tensor:
-        weight = weight if member is None else weight[member : member + 1]
+        weight = weight if member is None or len(weight) == 1 else weight[member : member + 1]
+        if x.dtype == torch.float32 and not x.is_cuda:  # torch's own takes twice as many operations
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            return x * torch.addcmul(self.eps, norm, norm, value=1 / x.shape[-1]).rsqrt_() * weight
         if len(weight) == 1:
-            return F.rms_norm(x, x.shape[-1:], weight.view(-1), self.eps)
-        return F.rms_norm(x, x.shape[-1:], None, self.eps) * weight
+            return F.rms_norm(x, x.shape[-1:], weight.view(-1), self.eps_value)
+        return F.rms_norm(x, x.shape[-1:], None, self.eps_value) * weight
 
-    def _head_norm(self, x: Float[Tensor, "R K T D"], weight: Tensor, member: int | None) -> Tensor:
-        if member is None and self.num_members > 1:  # rows vary by member fastest
+    def _head_norm(self, x: Float[Tensor, "R T K D"], weight: Tensor, member: int | None) -> Tensor:
+        if member is None and len(weight) > 1:  # rows vary by member fastest
             weight = weight.repeat(len(x) // self.num_members, 1, 1, 1)
-            return F.rms_norm(x, x.shape[-1:], None, self.eps) * weight
-        return F.rms_norm(x, x.shape[-1:], weight[member or 0].view(-1), self.eps)
+            return F.rms_norm(x, x.shape[-1:], None, self.eps_value) * weight
+        own = weight[0] if len(weight) == 1 else weight[member or 0]
+        return F.rms_norm(x, x.shape[-1:], own.view(-1), self.eps_value)
 
     def _rotations(self, base: Any, length: int) -> tuple[Tensor, Tensor]:
         """Tables [L, D]; the sine has the sign of the rotation, so that half a turn of the head is a roll."""

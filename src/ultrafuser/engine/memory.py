@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
+from ultrafuser.engine.fp16 import keeps_values
 from ultrafuser.engine.llama import is_llama_like
-from ultrafuser.engine.weights import can_pack
+from ultrafuser.engine.weights import can_pack, compute_type
 from ultrafuser.errors import ModelError
 from ultrafuser.model.fused import FusedForCausalLM
 
@@ -42,9 +44,11 @@ def fit_slots(
     if options.max_context and longest and options.max_context > longest:
         raise ModelError(f"the context is {options.max_context} tokens; these specialists were made for {longest}")
     context = options.max_context or min(longest or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT)
-    per_slot = context * sum(_bytes_per_token(part) for part in models)
     packs = may_pack(model, options)
-    free = free_bytes(models[0].device) - sum(_bytes_of_copies(part, options, packs) for part in models)
+    per_slot = context * sum(_bytes_per_token(part, _cache_type(part, options, packs)) for part in models)
+    free = free_bytes(models[0].device) - sum(
+        _bytes_of_copies(part, own, options, packs) for part, own in zip(models, _distinct(models), strict=True)
+    )
     budget = options.cache_bytes or int(_SHARE * max(free, 0))
     slots = min(options.max_choices, budget // max(per_slot, 1))
     if slots < 1:
@@ -67,7 +71,8 @@ def may_pack(model: FusedForCausalLM, options: EngineOptions, *, sharers: int = 
     """
     if options.pack is not None:
         return options.pack
-    size = 4 * sum(_num_weights(part) for part in model.specialists.values())
+    # Of 16 bits, which make copies of half the size, as of fp32: the rule is one for all.
+    size = 4 * sum(_distinct(list(model.specialists.values())))
     return sharers * size <= _SHARE_OF_COPIES * _machine_bytes("MemTotal")
 
 
@@ -92,20 +97,28 @@ def _machine_bytes(name: str) -> int:
         return 8 * 2**30  # elsewhere than on Linux: a small machine's
 
 
-def _bytes_of_copies(model: PreTrainedModel, options: EngineOptions, packs: bool) -> int:
-    """Memory that the engine's formats of a model's weights will take, roughly, less what it gives back."""
+def _bytes_of_copies(model: PreTrainedModel, num_weights: int, options: EngineOptions, packs: bool) -> int:
+    """Memory that the engine's formats of so many of a model's weights will take, roughly, less what it gives back."""
     first = next(model.parameters())
     if not is_llama_like(model) or first.device.type != "cpu":
         return 0
-    own = {"exact": 4.0 if packs and can_pack(first) else 0.0, "half": 2.0, "int8": 1.0}[options.weights]
-    if options.release_model and options.weights != "exact":
+    packed = 4.0 if can_pack(first) else 2.0 if keeps_values(first) else 0.0
+    own = {"exact": packed if packs else 0.0, "half": 2.0, "int8": 1.0}[options.weights]
+    if options.release_model and (options.weights != "exact" or keeps_values(first)):
         own = max(own - first.element_size(), 0.0)
     drafts = {"auto": 0.625, "int4": 0.625, "half": 2.0, "exact": 0.0}[options.draft_weights]
-    return int((own + (drafts if "self" in options.drafts else 0.0)) * _num_weights(model))
+    return int((own + (drafts if "self" in options.drafts else 0.0)) * num_weights)
 
 
-def _num_weights(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def _distinct(models: Sequence[PreTrainedModel]) -> list[int]:
+    """Weights of each model that none before it has: those of a shared base count once."""
+    known: set[int] = set()
+    counts = []
+    for model in models:
+        new = {id(p): p.numel() for p in model.parameters() if id(p) not in known}
+        known.update(new)
+        counts.append(sum(new.values()))
+    return counts
 
 
 def _position_limit(model: PreTrainedModel) -> int:
@@ -113,11 +126,16 @@ def _position_limit(model: PreTrainedModel) -> int:
     return int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 0)
 
 
-def _bytes_per_token(model: PreTrainedModel) -> int:
+def _cache_type(model: PreTrainedModel, options: EngineOptions, packs: bool) -> torch.dtype:
+    """Of keys and values: the leaner forward may compute in another type than the model's."""
+    return compute_type(next(model.parameters()), options.weights, pack=packs) if is_llama_like(model) else model.dtype
+
+
+def _bytes_per_token(model: PreTrainedModel, dtype: torch.dtype | None = None) -> int:
     config = model.config.get_text_config()
     num_heads = getattr(config, "num_attention_heads", None)
     if not num_heads:  # without attention there is nothing to count, and the runner will refuse it by name
         return 0
     heads = getattr(config, "num_key_value_heads", None) or num_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)
+    return int(2 * config.num_hidden_layers * heads * size * (dtype or model.dtype).itemsize)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ultrafuser.engine.fp16 import Fp16Matrix
 from ultrafuser.errors import ConfigError
 
 _GROUP = 32  # inputs that share a scale in int4
@@ -26,6 +27,8 @@ class HalfProduct:
 
     Args:
         parts: As for `ExactProduct`; their parameters are left alone.
+        num_threads: Of torch.
+        is_scaled: As for `Fp16Matrix`: weights in bf16 or fp16 then are what they were.
 
     Raises:
         ConfigError: This build of torch has no FBGEMM kernels, or a weight does not fit into fp16.
@@ -33,23 +36,16 @@ class HalfProduct:
 
     is_copy = True
 
-    def __init__(self, parts: Sequence[Sequence[nn.Linear]]) -> None:
-        if "fbgemm" not in torch.backends.quantized.supported_engines:
-            raise ConfigError("weights in half need torch's FBGEMM kernels, which this build lacks: use exact ones")
-        torch.backends.quantized.engine = "fbgemm"
-        self.packed = []
-        self.num_bytes = 0
-        for linears in parts:
-            weight, bias = joined(linears)
-            if weight.abs().max() > torch.finfo(torch.float16).max:
-                raise ConfigError("a weight is too large for fp16: use exact weights")
-            self.packed.append(torch.ops.quantized.linear_prepack_fp16(weight, bias))
-            self.num_bytes += 2 * weight.numel()
+    def __init__(
+        self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int | None = None, is_scaled: bool = False
+    ) -> None:
+        threads = num_threads or torch.get_num_threads()
+        self.packed = [Fp16Matrix(*joined(linears), num_threads=threads, is_scaled=is_scaled) for linears in parts]
+        self.num_bytes = sum(matrix.num_bytes for matrix in self.packed)
 
     def __call__(self, x: Tensor, member: int | None = None) -> Tensor:
         packed = self.packed if member is None else self.packed[member : member + 1]
-        multiply = torch.ops.quantized.linear_dynamic_fp16
-        rows = [multiply(part, weight) for part, weight in zip(x.float(), packed, strict=True)]
+        rows = [matrix(part) for part, matrix in zip(x.float(), packed, strict=True)]
         return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 
 

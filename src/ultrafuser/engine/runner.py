@@ -22,6 +22,7 @@ from ultrafuser.engine.graphs import StepGraphs
 from ultrafuser.engine.llama import LlamaStack, can_stack, is_llama_like
 from ultrafuser.engine.proof import ask_models, check_backbone
 from ultrafuser.engine.reduced import is_int4_fast
+from ultrafuser.engine.shared import SharedStack, has_known_adapters, have_one_base, is_adapted
 from ultrafuser.engine.slots import SlotCache
 from ultrafuser.engine.weights import DraftWeights, WeightFormat
 from ultrafuser.errors import ConfigError
@@ -107,12 +108,14 @@ class Runner:
         length = max_context + margin
         self.groups: list[_Group] = []
         self._place: list[tuple[_Group, int]] = []  # of each view: its group, and which member it is there
-        self.draft_form = _draft_form(draft_form, form, models[: self.num_specialists])
+        grouped = _grouped(models, self.num_specialists, kind)
+        is_lean = all(stack is not None for views, stack in grouped if views[0] < self.num_specialists)
+        self.draft_form = _draft_form(draft_form, form, models[: self.num_specialists], is_lean)
         weights = _Weights(form, pack, release, static_shapes)
-        for views in _grouped(models, self.num_specialists, kind):
+        for views, stack in grouped:
             drafts = self.draft_form if views[0] < self.num_specialists else "exact"
             parts, names = [models[view] for view in views], [labels[view] for view in views]
-            group = _make_group(views, parts, names, weights, drafts, num_slots=num_slots, length=length)
+            group = _make_group(views, stack, parts, names, weights, drafts, num_slots=num_slots, length=length)
             self.groups.append(group)
             self._place += [(group, member) for member in range(len(views))]
         self.released = any(isinstance(g.backbone, LlamaStack) and g.backbone.released for g in self.groups)
@@ -203,6 +206,10 @@ class Runner:
     def fused(self, hidden: Mapping[int, Float[Tensor, "M _"]], weights: Float[Tensor, "M N"]) -> Float[Tensor, "M V"]:
         """Fused logits, fp32 (Equation 1)."""
         views = sorted(hidden)
+        shared = self._place[views[0]][0].backbone
+        if isinstance(shared, SharedStack) and self.model.config.fusion_space == "logits":  # all are of its group
+            stacked = torch.stack([hidden[view] for view in views])
+            return shared.fused_logits(stacked, weights[:, views].to(stacked.device)).to(weights.device)
         said: dict[int, Tensor] = {}
         for group in self.groups:
             if len(group.views) > 1 and all(view in hidden for view in group.views):
@@ -220,6 +227,7 @@ def gate_device(gate: torch.nn.Module) -> torch.device:
 
 def _make_group(
     views: list[int],
+    stack: type[LlamaStack] | None,
     models: Sequence[PreTrainedModel],
     names: Sequence[str],
     weights: _Weights,
@@ -232,12 +240,17 @@ def _make_group(
     device, threads = models[0].device, torch.get_num_threads()
     drafter: LlamaStack | None = None
     backbone: Backbone
-    if is_llama_like(models[0]):
+    if stack is not None:
         proof = ask_models(models, names, num_slots=num_slots, length=length)
         if draft_form != "exact":
-            drafter = LlamaStack(models, length=length, form=draft_form, num_threads=threads)
+            drafter = stack(models, length=length, form=draft_form, num_threads=threads)
         form, pack, release, _ = weights
-        backbone = LlamaStack(models, length=length, form=form, num_threads=threads, pack=pack, release=release)
+        backbone = stack(models, length=length, form=form, num_threads=threads, pack=pack, release=release)
+    elif weights.form != "exact" and is_llama_like(models[0]) and is_adapted(models[0]):
+        raise ConfigError(
+            f"weights in {weights.form} are known for adapters of one base that run together, and {names[0]!r} runs "
+            "alone: use the runner auto, or exact weights"
+        )
     elif weights.form != "exact":
         raise ConfigError(
             f"weights in {weights.form} are known for Llama-like specialists, and {names[0]!r} is a "
@@ -258,14 +271,13 @@ def _make_group(
 
 
 def _draft_form(
-    wanted: DraftWeights, form: WeightFormat, specialists: Sequence[PreTrainedModel]
+    wanted: DraftWeights, form: WeightFormat, specialists: Sequence[PreTrainedModel], is_lean: bool
 ) -> Literal["exact", "half", "int4"]:
     """The format of drafts: exact, too, where the weights themselves are in the wanted one."""
     if wanted in ("exact", form):
         return "exact"
-    fits = all(
-        is_llama_like(model) and model.device.type == "cpu" and (form != "exact" or model.dtype == torch.float32)
-        for model in specialists
+    fits = is_lean and all(
+        model.device.type == "cpu" and (form != "exact" or model.dtype == torch.float32) for model in specialists
     )
     if wanted == "auto":
         return "int4" if fits and is_int4_fast() else "exact"
@@ -274,18 +286,34 @@ def _draft_form(
     return cast(Literal["half", "int4"], wanted)
 
 
-def _grouped(models: Sequence[PreTrainedModel], num_specialists: int, kind: RunnerKind) -> list[list[int]]:
-    """Which views run together."""
-    specialists = models[:num_specialists]
-    stackable = num_specialists > 1 and all(is_llama_like(m) for m in specialists) and can_stack(specialists)
-    if kind == "stacked" and not stackable:
+def _grouped(
+    models: Sequence[PreTrainedModel], num_specialists: int, kind: RunnerKind
+) -> list[tuple[list[int], type[LlamaStack] | None]]:
+    """Which views run together, and by what; None stands for their own layers."""
+    specialists, several = models[:num_specialists], num_specialists > 1
+    together = _stack_of(specialists) if several else None
+    if kind == "stacked" and together is None:
         raise ConfigError(
             "these specialists cannot be stacked: that takes two or more Llama-like ones of one shape and type. "
             "Use the sequential runner."
         )
-    together = stackable and kind != "sequential"
-    groups = [list(range(num_specialists))] if together else [[view] for view in range(num_specialists)]
-    return groups + [[view] for view in range(num_specialists, len(models))]
+    groups: list[tuple[list[int], type[LlamaStack] | None]]
+    if together is not None and kind != "sequential":
+        groups = [(list(range(num_specialists)), together)]
+    elif several and have_one_base(specialists):  # each in a stack of its own would hold the base once more
+        groups = [([view], None) for view in range(num_specialists)]
+    else:
+        groups = [([view], _stack_of([model])) for view, model in enumerate(specialists)]
+    return groups + [([view], _stack_of([models[view]])) for view in range(num_specialists, len(models))]
+
+
+def _stack_of(models: Sequence[PreTrainedModel]) -> type[LlamaStack] | None:
+    """What can run these models in one pass, if anything."""
+    if not all(map(is_llama_like, models)):
+        return None
+    if any(map(is_adapted, models)):
+        return SharedStack if have_one_base(models) and all(map(has_known_adapters, models)) else None
+    return LlamaStack if can_stack(models) else None
 
 
 def _block(feeds: Sequence[Feed], device: torch.device) -> tuple[Int[Tensor, "G B T"], Int[Tensor, "G B"]]:

@@ -38,15 +38,20 @@ class SlotCache:
         device: torch.device,
     ) -> None:
         self.num_members, self.num_slots, self.length = num_members, num_slots, length
-        shapes = [(num_slots * num_members, num_heads, length, size) for num_heads, size in heads]
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        shapes = [(2, num_slots * num_members, num_heads, length, size) for num_heads, size in heads]
+        self._layers = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.keys = [storage[0] for storage in self._layers]
+        self.values = [storage[1] for storage in self._layers]
 
     @property
     def bytes_per_token(self) -> int:
         """Of one token in the caches of all members."""
         per_layer = (2 * k.shape[1] * k.shape[3] * k.element_size() for k in self.keys)
         return self.num_members * sum(per_layer)
+
+    def rows_of(self, layer: int) -> Float[Tensor, "rows D"]:
+        """Keys, then values of a layer, a row of the result for each slot, member, head and column."""
+        return self._layers[layer].view(-1, self._layers[layer].shape[-1])
 
     def clear(self, slot: int) -> None:
         """Forget what a slot holds: numbers that are none would spoil the next choice, though it never sees them."""
@@ -102,6 +107,17 @@ class SlotView:
             return
         store_k[self.row_ids[:, None], :, self.positions] = keys.transpose(1, 2)
         store_v[self.row_ids[:, None], :, self.positions] = values.transpose(1, 2)
+
+    def places(self, num_heads: int) -> Int[Tensor, " places"]:
+        """Where new columns belong in `SlotCache.rows_of` a layer of so many heads, as `write_at` takes them."""
+        device, num_rows = self.positions.device, self.cache.num_members * self.cache.num_slots
+        rows = self.row_ids[:, None] + torch.arange(2, device=device) * num_rows  # of keys, of values
+        heads = (rows * num_heads)[..., None] + torch.arange(num_heads, device=device)
+        return (heads.view(len(rows), 1, -1) * self.cache.length + self.positions[..., None]).view(-1)
+
+    def write_at(self, layer: int, places: Int[Tensor, " places"], heads: Float[Tensor, "R T heads D"]) -> None:
+        """Store new columns as they come from one product, keys and values side by side: one operation."""
+        self.cache.rows_of(layer).index_copy_(0, places, heads.reshape(-1, heads.shape[-1]))
 
     def read(self, layer: int) -> tuple[Float[Tensor, "R K L D"], Float[Tensor, "R K L D"]]:
         """All columns up to the longest row's last one."""

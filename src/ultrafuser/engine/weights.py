@@ -6,8 +6,9 @@ torch's own linear layer does not: it reads with one thread when rows are few, a
 `ExactProduct` cuts a product into one part per thread (a batched product over a view of the model's weights) and puts
 up to four rows on the right of the weight, where the library has kernels for narrow matrices. `PackedProduct` (fp32 on
 x86) does that for one row; for more it has a copy of the weights as oneDNN's kernels like them: two to six rows then
-cost the same, some 1.6 times one. All these are fixed rules and not measurements, so that a model's answers do not
-depend on what else the machine did at start.
+cost the same, some 1.6 times one. Weights in bf16 or fp16 are copied to fp16 without loss (`fp16.py`) and multiplied in
+fp32, which is faster than torch's bf16 and rounds less. All these are fixed rules and not measurements, so that a
+model's answers do not depend on what else the machine did at start.
 
 Shapes: G specialists, M rows, I inputs, O outputs.
 """
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ultrafuser.engine.fp16 import keeps_values
 from ultrafuser.engine.reduced import HalfProduct, Int4Product, Int8Product, joined
 
 WeightFormat = Literal["exact", "half", "int8"]
@@ -72,7 +74,7 @@ class ExactProduct:
                 start += linear.out_features
         self.num_bytes = self.weight.numel() * self.weight.element_size()
         self.on_cpu = kind.device.type == "cpu"
-        # In bf16 the kernels of oneDNN are as fast without.
+        # In bf16, where the processor has instructions for it, the kernels of oneDNN are as fast without.
         self.is_cut = self.on_cpu and kind.dtype == torch.float32
         self.num_parts = num_threads if num_out % num_threads == 0 else 1
 
@@ -136,7 +138,12 @@ def make_product(
     num_threads: int,
     pack: bool = True,
 ) -> Product:
-    """The product of a group's layers in the wanted format; `pack`: exact ones in a copy where that is faster."""
+    """The product of a group's layers in the wanted format; `pack`: exact ones in a copy where that is faster.
+
+    Copies of 16-bit weights are multiplied in fp32, all other exact ones in their own type (`compute_type`).
+    """
+    if form == "exact" and pack and keeps_values(parts[0][0].weight):
+        return HalfProduct(parts, num_threads=num_threads, is_scaled=True)
     if form == "exact":
         exact = PackedProduct if pack and can_pack(parts[0][0].weight) else ExactProduct
         return exact(parts, num_threads=num_threads)
@@ -146,6 +153,11 @@ def make_product(
         "int4": Int4Product,
     }
     return reduced[form](parts)
+
+
+def compute_type(weight: Tensor, form: AnyFormat, *, pack: bool = True) -> torch.dtype:
+    """The type of inputs and outputs of the product that `make_product` makes of such weights."""
+    return weight.dtype if form == "exact" and not (pack and keeps_values(weight)) else torch.float32
 
 
 def _product_in_parts(x: Tensor, weight: Tensor, num_parts: int) -> Tensor:

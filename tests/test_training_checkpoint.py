@@ -16,7 +16,7 @@ from ultrafuser.errors import CheckpointError
 from ultrafuser.train import checkpoint as checkpoint_module
 from ultrafuser.train.checkpoint import Checkpoint, find_damage, list_checkpoints, read_newest, write_checkpoint
 from ultrafuser.train.loop import Loop
-from ultrafuser.train.phase import hash_phase
+from ultrafuser.train.phase import describe_weights, hash_phase, join_weights
 
 
 @pytest.fixture(autouse=True)
@@ -264,10 +264,10 @@ def test_the_number_of_threads_is_no_other_setting(tmp_path: Path):
     hashes = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        hashes.append(hash_phase(phase, {}))
+        hashes.append(hash_phase(phase, join_weights([describe_weights(phase.model, {})])))
     torch.set_num_threads(1)
     with torch.no_grad():
         large[0, 0] += 1e-3
 
     assert hashes[0] == hashes[1]
-    assert hash_phase(phase, {}) != hashes[0]
+    assert hash_phase(phase, join_weights([describe_weights(phase.model, {})])) != hashes[0]

@@ -206,7 +206,8 @@ def assemble(
         fused = cls(config)
     for name, model in models.items():
         fused.specialists[name] = model
-    fused.fusion_gate = new_gate(config, seed).to(fused.device)
+    places = (parameter.device for parameter in fused.specialists.parameters() if not parameter.is_meta)
+    fused.fusion_gate = new_gate(config, seed).to(next(places, fused.device))
     fused.train(False)
     return fused
 

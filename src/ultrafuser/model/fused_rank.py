@@ -5,21 +5,28 @@ Shapes: B rows, T columns, M response tokens, N specialists, H hidden size, V vo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from ultrafuser.config.recipe import Recipe
 from ultrafuser.errors import ModelError
-from ultrafuser.model.build import assemble
+from ultrafuser.model.backbone import check_backbone
+from ultrafuser.model.build import assemble, fuse_models, recipe_options
 from ultrafuser.model.cache import FusedCache
+from ultrafuser.model.configuration import check_name
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.linear_loss import linear_loss
 from ultrafuser.model.loss import LinearHead, TokenLoss
+from ultrafuser.model.outline import outline
+from ultrafuser.model.specialist import load_specialist, load_tokenizer
 from ultrafuser.model.specialist_group import SpecialistGroup
+from ultrafuser.model.vocabulary import check_vocabularies, trim_vocabulary
 
 
 class Elsewhere(nn.Module):
@@ -107,6 +114,46 @@ class FusedRank(FusedForCausalLM):
             chunk=self.loss_chunk,
             details=details,
         )
+
+
+def build_part(recipe: Recipe, loads: Sequence[str], *, tokenizer: Any) -> FusedForCausalLM:
+    """Fuse a recipe's specialists with the weights of some alone; the others have shapes and no memory (meta device).
+
+    Args:
+        recipe: Says what to fuse, and how.
+        loads: Names of those whose weights are read.
+        tokenizer: The shared one.
+
+    Raises:
+        ModelError: A specialist cannot be loaded or fused.
+        VocabularyError: A token differs between specialists.
+    """
+    models: dict[str, PreTrainedModel] = {}
+    tokenizers: dict[str, Any] = {}
+    dtype = getattr(torch, recipe.dtype)
+    for name, source in recipe.specialists.items():
+        check_name(name)
+        if name in loads:
+            models[name] = load_specialist(source, name=name, dtype=dtype)
+            check_backbone(models[name], name)
+        else:
+            models[name] = outline(source, name=name).to(dtype)
+        with suppress(ModelError):  # one without a tokenizer of its own is taken on trust, as everywhere
+            tokenizers[name] = load_tokenizer(source, name=name)
+    rows = trim_vocabulary(models)
+    check_vocabularies({"reference": tokenizer, **tokenizers}, size=rows)
+    model: FusedForCausalLM = fuse_models(
+        FusedForCausalLM,
+        models,
+        recipe.specialists,
+        tokenizers,
+        templates={name: source.template for name, source in recipe.specialists.items()},
+        tokenizer=tokenizer,
+        rows=rows,
+        seed=recipe.seed,
+        **recipe_options(recipe),
+    )
+    return model
 
 
 def group_loss(

@@ -41,7 +41,7 @@ from ultrafuser.train.parallel.checkpoint import load_shards, write_shards
 from ultrafuser.train.parallel.single import Single
 from ultrafuser.train.parallel.strategy import Share, Strategy
 from ultrafuser.train.parallel.world import World, lost_peer
-from ultrafuser.train.phase import Phase, choose_parameters, hash_phase
+from ultrafuser.train.phase import Phase, choose_parameters, describe_weights, hash_phase, join_weights
 from ultrafuser.train.signals import StopRequest
 from ultrafuser.train.sums import Sums
 
@@ -70,7 +70,7 @@ class Loop:
         self.world = self.strategy.world
         self.device = self.world.device
         trained = choose_parameters(phase.model, train_specialists=phase.stage.train_specialists, only=phase.trained)
-        self.fingerprint = hash_phase(phase, trained)
+        self._weights = describe_weights(phase.model, trained)
         self.trained = self.strategy.prepare(phase.model, trained)
         self.optimizer = NamedAdamW(self.trained, phase.stage)
         self.sampler = Sampler(
@@ -97,6 +97,8 @@ class Loop:
             ) from error
 
     def _run(self) -> None:
+        self.world.agree("model", list(self._weights))
+        self.fingerprint = self._hash()
         self.world.agree("model, data or recipe", self.fingerprint)
         step = self._resume()
         if step >= self.stage.steps:
@@ -137,6 +139,10 @@ class Loop:
         """Whether all processes stop now: for a signal, or because a callback asked for it."""
         stop.made = stop.made or (report is not None and report.wish is not None)
         return stop.agreed()
+
+    def _hash(self) -> str:
+        """Of all that decides the result of the phase; what each process holds of the model goes into it."""
+        return hash_phase(self.phase, join_weights(self.world.gather(self._weights)))
 
     def _begin(self, step: int) -> None:
         """What is to be done once, before the first step that is run."""

@@ -15,7 +15,7 @@ from torch import nn
 from ultrafuser.alignment.encode import EncodedRecord, Encoder
 from ultrafuser.config.training import StageConfig, TrainConfig
 from ultrafuser.data.records import Record
-from ultrafuser.errors import TrainingError
+from ultrafuser.errors import ConfigError, TrainingError
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.lora import has_adapter, is_adapter
 from ultrafuser.train.observers import Observers
@@ -68,7 +68,8 @@ def choose_parameters(
 ) -> dict[str, nn.Parameter]:
     """Freeze and unfreeze; returns what is trained, by name. Of the specialists, all or `only` some.
 
-    Of a specialist with an adapter that is the adapter alone. The gate is left out where it decides nothing: beside a lone specialist, or under weights that need no training.
+    Of a specialist with an adapter that is the adapter alone. The gate is left out where it decides nothing: beside a
+    lone specialist, or under weights that need no training.
 
     Raises:
         TrainingError: Nothing is left to train.
@@ -94,8 +95,47 @@ def choose_parameters(
     return trained
 
 
-def hash_phase(phase: Phase, trained: Mapping[str, nn.Parameter]) -> str:
-    """Hash of all that decides the result: settings, data, templates and the weights at the start of the phase."""
+def describe_weights(model: FusedForCausalLM, trained: Mapping[str, nn.Parameter]) -> dict[str, int | None]:
+    """A line for each parameter (name, whether it is trained, shape) and the sum of its bits.
+
+    The sum is None where another process holds the weights, and only their shape is here.
+    """
+    described: dict[str, int | None] = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            line = f"{name}:{name in trained}:{tuple(parameter.shape)}"
+            described[line] = None
+            if not parameter.is_meta:
+                # Whole numbers, for a sum of floats would depend on the number of threads.
+                bits = parameter.detach().contiguous().view(_WHOLE[parameter.element_size()])
+                described[line] = int(bits.sum(dtype=torch.int64))
+    return described
+
+
+def join_weights(described: Sequence[Mapping[str, int | None]]) -> dict[str, int]:
+    """One description of what all processes have described.
+
+    Raises:
+        ConfigError: Two of them have other weights.
+    """
+    joined: dict[str, int] = {}
+    for rank, lines in enumerate(described):
+        for line, total in lines.items():
+            if total is not None and joined.setdefault(line, total) != total:
+                raise ConfigError(
+                    f"process {rank} of {len(described)} has other weights of {line.split(':')[0]} than one before it: "
+                    "all must read the same models"
+                )
+    return {line: joined[line] for line in described[0]}
+
+
+def hash_phase(phase: Phase, weights: Mapping[str, int]) -> str:
+    """Hash of all that decides the result: settings, data, templates and the weights at the start of the phase.
+
+    Args:
+        phase: The phase.
+        weights: As `describe_weights` gives them.
+    """
     digest = hashlib.sha256()
     loop = phase.train.model_dump(include=DECISIVE)
     settings = [phase.name, phase.seed, phase.stage.model_dump(mode="json"), loop]
@@ -106,10 +146,7 @@ def hash_phase(phase: Phase, trained: Mapping[str, nn.Parameter]) -> str:
         digest.update(domain.encode())
         for record in records:
             digest.update(record.id.encode())
-    with torch.no_grad():
-        for name, parameter in phase.model.named_parameters():
-            digest.update(f"{name}:{name in trained}:{tuple(parameter.shape)}".encode())
-            # Whole numbers, for a sum of floats would depend on the number of threads.
-            bits = parameter.detach().contiguous().view(_WHOLE[parameter.element_size()])
-            digest.update(int(bits.sum(dtype=torch.int64)).to_bytes(8, "big", signed=True))
+    for line, total in weights.items():
+        digest.update(line.encode())
+        digest.update(total.to_bytes(8, "big", signed=True))
     return digest.hexdigest()

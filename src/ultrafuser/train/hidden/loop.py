@@ -55,9 +55,6 @@ class CachedLoop(Loop):
                     "hidden states cannot be kept: set it to 0 in its config.json, or train.stage1_cache.mode: off"
                 )
         check_folder(folder)
-        # In the weights of a model with heads alone the fingerprint does not see the backbones.
-        digests = [facts.digest for facts in specialists.facts.values()]
-        self.fingerprint = hashlib.sha256(json.dumps([self.fingerprint, digests]).encode()).hexdigest()
         vocabulary = hash_vocabulary(phase.encoder.tokenizer)
         self.store = HiddenStore(
             folder,
@@ -118,6 +115,11 @@ class CachedLoop(Loop):
             return super().validate()
         finally:
             self._reading = self._steps
+
+    def _hash(self) -> str:
+        # In the weights of a model with heads alone the loop's own hash does not see the backbones.
+        digests = [facts.digest for facts in self.specialists.facts.values()]
+        return hashlib.sha256(json.dumps([super()._hash(), digests]).encode()).hexdigest()
 
     def _begin(self, step: int) -> None:
         """Make and print the plan; make the files of validation and of the first window that is needed."""

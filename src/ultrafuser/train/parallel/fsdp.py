@@ -69,6 +69,10 @@ class FullyShard:
         """
         return float(self._world.size)
 
+    def loads(self, names: Sequence[str]) -> Sequence[str]:
+        """All of them."""
+        return names
+
     def prepare(self, model: FusedForCausalLM, trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Cut every weight; each unit goes to the device as it is cut, so the whole model need not fit there."""
         ignored = set()

@@ -23,6 +23,10 @@ class Single:
     world: World
     loss_scale: float = 1.0
 
+    def loads(self, names: Sequence[str]) -> Sequence[str]:
+        """All of them."""
+        return names
+
     def prepare(self, model: FusedForCausalLM, trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Nothing to share."""
         del model

@@ -68,6 +68,10 @@ class SpecialistParallel:
         """FSDP2 takes the mean of a row's gradients; see `FullyShard.loss_scale`."""
         return float(self.num_columns)
 
+    def loads(self, names: Sequence[str]) -> Sequence[str]:
+        """That of the row."""
+        return [names[self.group.index]]
+
     def prepare(self, model: FusedForCausalLM, trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Keep one specialist and the gate, and cut them among the processes of the row."""
         self._part = part = FusedRank.of(model, self.group)

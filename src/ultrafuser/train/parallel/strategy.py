@@ -49,6 +49,10 @@ class Strategy(Protocol):
         """
         ...
 
+    def loads(self, names: Sequence[str]) -> Sequence[str]:
+        """Those specialists whose weights this process needs; of the others shapes, on the meta device, are enough."""
+        ...
+
     def prepare(self, model: FusedForCausalLM, trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Share out a whole model, in place; without waiting for another process, since the model is loaded in turn.
 

@@ -24,10 +24,13 @@ from ultrafuser.data.dataset import Dataset
 from ultrafuser.errors import CheckpointError, ConfigError, ModelError, TrainingError
 from ultrafuser.model.build import resolve_templates
 from ultrafuser.model.fused import FusedForCausalLM
+from ultrafuser.model.fused_rank import build_part
 from ultrafuser.model.specialist import load_tokenizer
+from ultrafuser.train.adapters import refuse_several_processes
 from ultrafuser.train.checkpoint import find_newest, read_parameters, read_state
 from ultrafuser.train.loop import Loop
 from ultrafuser.train.parallel.fsdp import FullyShard
+from ultrafuser.train.parallel.specialist import SpecialistParallel
 from ultrafuser.train.parallel.strategy import Strategy
 from ultrafuser.train.parallel.world import World
 from ultrafuser.train.pipeline import Trainer
@@ -54,6 +57,7 @@ class ParallelTrainer(Trainer):
                 f"train.stage1_cache.mode: {recipe.train.stage1_cache.mode} is for one process, and there are "
                 f"{world.size}: set it to off, or train stage 1 in one process"
             )
+        refuse_several_processes(recipe, num_processes=world.size)
         super().__init__(recipe, dataset=dataset, device=world.device, callbacks=callbacks)
         self.world = world
 
@@ -91,11 +95,20 @@ class ParallelTrainer(Trainer):
                     self.save_specialist(self._build_after({name: source}, {phase: source.tune}), target, source)
         return SpecialistConfig(model=str(target), template=source.template)
 
-    def build(self, specialists: Mapping[str, SpecialistConfig]) -> FusedForCausalLM:
-        """Fuse specialists, with a new gate, in this machine's memory: not yet on a device."""
+    def build(
+        self, specialists: Mapping[str, SpecialistConfig], loads: Sequence[str] | None = None
+    ) -> FusedForCausalLM:
+        """Fuse specialists, with a new gate, in this machine's memory: not yet on a device.
+
+        Args:
+            specialists: By name, in order.
+            loads: Those whose weights are wanted; None: all.
+        """
         part = self.recipe.model_copy(update={"specialists": dict(specialists)})
-        model: FusedForCausalLM = FusedForCausalLM.from_recipe(part, tokenizer=self.tokenizer)
-        return model
+        if loads is None or set(loads) == set(specialists):
+            model: FusedForCausalLM = FusedForCausalLM.from_recipe(part, tokenizer=self.tokenizer)
+            return model
+        return build_part(part, loads, tokenizer=self.tokenizer)
 
     def _run_phase(
         self,
@@ -113,25 +126,30 @@ class ParallelTrainer(Trainer):
         self.world.agree("data", repr(tokens))
         strategy = self.strategy(list(specialists))
         with self.world.in_turn():
-            model = self._build_after(specialists, after or {})
+            model = self._build_after(specialists, after or {}, strategy.loads(list(specialists)))
             loop = Loop(self._phase(name, model, stage, data), strategy)
         loop.run()
 
     def strategy(self, names: Sequence[str]) -> Strategy:
         """How the processes share a model of these specialists."""
-        del names
         train = self.recipe.train
-        return FullyShard(self.world, train.parallel, bf16=train.precision == "bf16")
+        bf16 = train.precision == "bf16"
+        if train.parallel.mode == "specialist" and len(names) > 1:
+            return SpecialistParallel(self.world, train.parallel, num_specialists=len(names), bf16=bf16)
+        return FullyShard(self.world, train.parallel, bf16=bf16)
 
     def _build_after(
-        self, specialists: Mapping[str, SpecialistConfig], phases: Mapping[str, StageConfig]
+        self,
+        specialists: Mapping[str, SpecialistConfig],
+        phases: Mapping[str, StageConfig],
+        loads: Sequence[str] | None = None,
     ) -> FusedForCausalLM:
-        """A whole model as these phases have left it.
+        """A model as these phases have left it: whole, or with the weights of some specialists alone.
 
         Raises:
             CheckpointError: The last checkpoint of a phase is gone or damaged.
         """
-        model = self.build(specialists)
+        model = self.build(specialists, loads)
         parameters = dict(model.named_parameters())
         for name, stage in phases.items():
             path = find_newest(self.folder / name / "checkpoints")

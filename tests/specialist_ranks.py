@@ -1,0 +1,177 @@
+"""Trains in a group of processes for each specialist, for test_training_specialist.py.
+
+python tests/specialist_ranks.py FOLDER 3 6 recipe:3 imports once and forks as many processes as a number says: for the
+phases below, or for the recipe of the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from training_helpers import TOKENIZER, make_fused, make_phase, make_specialist, write_ingredients
+from ultrafuser.alignment.collate import collate
+from ultrafuser.config.load import load_recipe
+from ultrafuser.config.training import ParallelConfig
+from ultrafuser.errors import UltrafuserError
+from ultrafuser.model.fused_rank import FusedRank
+from ultrafuser.model.specialist_group import SpecialistGroup
+from ultrafuser.train import pipeline
+from ultrafuser.train.loop import Loop
+from ultrafuser.train.parallel.specialist import SpecialistParallel
+from ultrafuser.train.parallel.world import World, begin_world
+from ultrafuser.train.phase import Phase, choose_parameters
+
+NAMES = ("text", "code", "math")
+STAGES: dict[str, dict[str, Any]] = {
+    "stage1": {"gate_entropy": 0.05},
+    "stage2": {"train_specialists": True, "gate_learning_rate": 2e-2, "max_grad_norm": 0.5},
+}
+
+
+# The last bias of the gate moves all scores alike: its gradient is rounding, which Adam makes as large as any.
+IRRELEVANT = "fusion_gate.layers.2.bias"
+CASES: dict[str, tuple[dict[str, Any], bool]] = {
+    "gate": ({}, False),
+    "all": ({}, True),
+    "unequal": ({}, True),
+    "prompt": ({"granularity": "prompt"}, True),
+    "uniform": ({"weighting": "uniform"}, True),
+    "perplexity": ({"weighting": "perplexity"}, True),
+}
+
+
+def stage_phase(folder: Path, stage: str, **options: Any) -> Phase:
+    """A phase of three specialists, whose batches are cut into several pieces and chunks."""
+    train = {"micro_batch_tokens": 96, "loss_chunk": 7}
+    return make_phase(folder / stage, model=make_fused(NAMES, **options), name=stage, stage=STAGES[stage], train=train)
+
+
+def train(folder: Path, world: World) -> dict[str, Any]:
+    """Both stages; what this process holds afterwards."""
+    found: dict[str, Any] = {}
+    for stage in STAGES:
+        strategy = SpecialistParallel(world, ParallelConfig(mode="specialist"), num_specialists=len(NAMES), bf16=False)
+        loop = Loop(stage_phase(folder, stage), strategy)
+        loop.run()
+        gate = [_whole(p) for name, p in loop.phase.model.named_parameters() if name.startswith("fusion_gate.")]
+        found[stage] = {
+            "gate": hashlib.sha256(b"".join(p.numpy().tobytes() for p in gate)).hexdigest(),
+            "held": sorted({name.split(".")[1] for name in loop.trained if name.startswith("specialists.")}),
+            "elements": sum(_local(p).numel() for p in loop.trained.values()),
+        }
+    return found
+
+
+def compare(world: World) -> dict[str, Any]:
+    """How far loss, details and gradients of a column are from those of one process; in parts of the whole value."""
+    found: dict[str, Any] = {}
+    for case, (options, everything) in CASES.items():
+        whole, part = make_fused(NAMES, **options), make_fused(NAMES, **options)
+        part = FusedRank.of(part, SpecialistGroup(dist.group.WORLD, world.rank, world.size))  # type: ignore[arg-type]
+        phase = stage_phase(Path(), "stage1", **options)
+        batch = collate([record for records in phase.records.values() for record in records[:2]], pad_id=0).tensors()
+        outputs, gradients = [], []
+        for model in (whole, part):
+            model.loss_chunk = 7
+            names = choose_parameters(model, train_specialists=everything)
+            loss, weights, _ = model.response_loss(**batch, details=True)
+            # Tokens that count differently: the gradients are then made anew in the backward pass.
+            total = loss.nll.mean() + 0.1 * (weights * weights.log()).sum() + (loss.nll**2).mean() * (case == "unequal")
+            total.backward()
+            outputs.append([loss.nll.detach(), weights.detach(), loss.specialist_nll])
+            assert loss.hit is not None
+            gradients.append({name: parameter.grad for name, parameter in names.items()})
+        for name, gradient in gradients[1].items():
+            if gradient is not None and name.startswith("fusion_gate."):
+                dist.all_reduce(gradient)
+        pairs = [*zip(*outputs, strict=True)]
+        pairs += [(gradients[0][name], own) for name, own in gradients[1].items() if name != IRRELEVANT]
+        found[case] = {"worst": max(_difference(*pair) for pair in pairs), "gradients": len(gradients[1])}
+    return found
+
+
+def _difference(expected: torch.Tensor | None, actual: torch.Tensor | None) -> float:
+    if expected is None or actual is None:
+        return 0.0 if expected is actual else float("inf")
+    return float((actual - expected).norm() / expected.norm())
+
+
+def _whole(parameter: Any) -> torch.Tensor:
+    value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return value.detach()  # type: ignore[no-any-return]
+
+
+def _local(parameter: Any) -> torch.Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[no-any-return]
+
+
+def write_recipe(folder: Path, **parallel: Any) -> Path:
+    """Three specialists, the first one fine-tuned before, and both stages."""
+    path = write_ingredients(folder)
+    make_specialist(2).save_pretrained(folder / "math-base")
+    TOKENIZER.save_pretrained(folder / "math-base")
+    recipe = json.loads(path.read_text(encoding="utf-8"))
+    recipe["specialists"]["math"] = {"model": "math-base", "template": "plain"}
+    recipe["train"]["parallel"] = parallel
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    return path
+
+
+def run_recipe(folder: Path) -> dict[str, Any]:
+    """What a process of a run has to say: nothing, or why it was refused."""
+    try:
+        pipeline.train(
+            load_recipe(folder / "tiny.yaml", [f"output={folder}/several", "train.parallel.mode=specialist"])
+        )
+    except UltrafuserError as error:
+        return {"refused": str(error)}
+    return {"refused": None}
+
+
+def run_ranks(folder: Path, job: str) -> bool:
+    """Fork the processes of one run; whether all ended well."""
+    size = int(job.removeprefix("recipe:"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            _run_child(folder, job, rank)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return codes == [0] * size
+
+
+def _run_child(folder: Path, job: str, rank: int) -> None:
+    try:
+        if job.startswith("recipe:"):
+            found = run_recipe(folder)
+        else:
+            with begin_world("cpu", timeout_s=120) as world:
+                found = {"compare": compare(world)} if world.size == len(NAMES) else {}
+                found |= train(folder / job, world)
+        (folder / f"found-{job}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    ended_well = [run_ranks(Path(sys.argv[1]), job) for job in sys.argv[2:]]
+    sys.exit(0 if all(ended_well) else 1)

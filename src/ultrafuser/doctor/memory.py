@@ -1,7 +1,7 @@
 """Memory: what each specialist and each phase of a recipe needs, against what the machine has.
 
 Counted are weights, gradients, AdamW's two moments and the KV cache: what is certain. Activations and the logits of a
-micro-batch come on top; they follow from `train.micro_batch_tokens`, `train.loss_chunk` and checkpointing.
+micro-batch come on top: `ultrafuser train RECIPE --dry-run` works them out from the data.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ultrafuser.config.recipe import Recipe
 from ultrafuser.doctor.architecture import context_length
 from ultrafuser.doctor.facts import Facts
 from ultrafuser.doctor.finding import Finding, blocker, ok, warning
 from ultrafuser.doctor.machine import Machine
-from ultrafuser.model.gate import Gate
+from ultrafuser.model.gate import count_gate_parameters
+from ultrafuser.model.memory import ITEM_BYTES, gib
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TRAINED_COPIES = 4  # weights, gradients, and the two moments of AdamW, all in the dtype of the weights
 SAVED_COPIES = 3  # a checkpoint holds weights and moments
 GATE_BYTES = 4  # the gate is fp32 whatever the specialists are
@@ -61,7 +59,7 @@ def measure(facts: Facts, recipe: Recipe) -> Size | None:
     """Numbers of one specialist, from its configuration alone; None where that is unknown."""
     if facts.config is None or facts.num_parameters is None or facts.num_rows is None:
         return None
-    config, width = facts.text_config, DTYPE_BYTES[recipe.dtype]
+    config, width = facts.text_config, ITEM_BYTES[recipe.dtype]
     num_heads = getattr(config, "num_attention_heads", 0) or 0
     kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // max(1, num_heads)
@@ -81,7 +79,7 @@ def measure(facts: Facts, recipe: Recipe) -> Size | None:
 def plan(sizes: Sequence[Size], recipe: Recipe) -> list[Need]:
     """What every phase of a recipe needs; the sizes of all specialists must be known."""
     weights = sum(size.weights_bytes for size in sizes)
-    gate = gate_parameters(sizes, recipe) * GATE_BYTES
+    gate = _gate_parameters(sizes, recipe) * GATE_BYTES
     length = max_length(recipe)
     cache = sum(size.kv_bytes_per_token for size in sizes) * length
     needs = [Need("inference", weights + gate + cache, f"weights, KV cache of one conversation of {length:,} tokens")]
@@ -102,17 +100,6 @@ def plan(sizes: Sequence[Size], recipe: Recipe) -> list[Need]:
             what = "frozen weights; gate with gradients and moments"
             needs.append(Need(phase, weights + TRAINED_COPIES * gate, what, SAVED_COPIES * gate))
     return needs
-
-
-def gate_parameters(sizes: Sequence[Size], recipe: Recipe) -> int:
-    """Parameters of the gate that the recipe asks for."""
-    with torch.device("meta"):
-        gate = Gate(
-            {size.name: size.hidden_size for size in sizes},
-            hidden_size=recipe.gate.hidden_size,
-            num_layers=recipe.gate.num_layers,
-        )
-    return sum(parameter.numel() for parameter in gate.parameters())
 
 
 def max_length(recipe: Recipe) -> int:
@@ -154,12 +141,8 @@ def check_disk(needs: Sequence[Need], sizes: Sequence[Size], free_bytes: int, re
         yield ok("disk", what)
 
 
-def gib(num_bytes: int) -> str:
-    """Bytes for people: GiB, or smaller units for small things."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:,.1f} {unit}"
-    return f"{num_bytes:,.0f} B"
+def _gate_parameters(sizes: Sequence[Size], recipe: Recipe) -> int:
+    return count_gate_parameters({size.name: size.hidden_size for size in sizes}, recipe.gate)
 
 
 def _advice(need: Need, recipe: Recipe) -> str:

@@ -15,9 +15,10 @@ from ultrafuser.doctor.files import check_files
 from ultrafuser.doctor.finding import Finding, Level, ok, warning
 from ultrafuser.doctor.licences import check_licences
 from ultrafuser.doctor.machine import Machine, free_disk_bytes, inspect_machine
-from ultrafuser.doctor.memory import Need, Size, check_disk, check_memory, gib, measure, plan
+from ultrafuser.doctor.memory import Need, Size, check_disk, check_memory, measure, plan
 from ultrafuser.doctor.templates import check_template, find_templates, sample_prompt
 from ultrafuser.doctor.vocabulary import check_start_tokens, check_stop_tokens, check_vocabulary
+from ultrafuser.model.memory import gib
 
 __all__ = ["Finding", "Report", "examine", "print_report"]
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ultrafuser.doctor.finding import LEVELS, Level
-from ultrafuser.doctor.memory import gib
+from ultrafuser.model.memory import gib
 
 if TYPE_CHECKING:
     from ultrafuser.doctor.report import Report

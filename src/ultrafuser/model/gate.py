@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ultrafuser.config.recipe import GateConfig
+
 
 class Gate(nn.Module):
     """Shared scorer of last hidden states.
@@ -67,3 +69,10 @@ class Gate(nn.Module):
     def forward(self, hiddens: Sequence[Float[Tensor, "*rows _"]], names: Sequence[str]) -> Float[Tensor, "*rows N"]:
         """Scores of all specialists, before the softmax."""
         return torch.stack([self.score(hidden, name) for hidden, name in zip(hiddens, names, strict=True)], dim=-1)
+
+
+def count_gate_parameters(input_sizes: Mapping[str, int], settings: GateConfig) -> int:
+    """Parameters of the gate of specialists with such hidden sizes, without making it."""
+    with torch.device("meta"):
+        gate = Gate(input_sizes, hidden_size=settings.hidden_size, num_layers=settings.num_layers)
+    return sum(parameter.numel() for parameter in gate.parameters())

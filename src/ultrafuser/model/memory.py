@@ -13,6 +13,17 @@ import torch
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def gib(num_bytes: int) -> str:
+    """Bytes for people: GiB, or smaller units for small things."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes:,.0f} B"
+
+
 def machine_bytes() -> int:
     """RAM of this machine; a container's limit counts as its memory."""
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,222 @@
+"""What `ultrafuser train --dry-run` says of memory, against what training then holds, a process for each phase.
+
+Measured is how far the resident memory of the process rises above what it held before any weight was loaded. Malloc is
+told to give back what is freed (MALLOC_MMAP_THRESHOLD_), so that what lies idle in its heap is not counted as training.
+
+Examples:
+    OMP_NUM_THREADS=1 python benchmarks/estimate.py --json docs/results/estimate.json
+    ULTRAFUSER_DATA=data python benchmarks/estimate.py recipes/smollm2.yaml --steps 2 --json smollm2.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ultrafuser.config.load import load_recipe
+from ultrafuser.config.recipe import Recipe
+
+MB = 10**6
+WITHIN = 0.10
+CASES: dict[str, list[str]] = {
+    "fp32": [],
+    "fp32, checkpointing": ["train.activation_checkpointing=true"],
+    "fp32, small pieces": ["train.micro_batch_tokens=512"],
+    "bf16": ["train.precision=bf16"],
+    "bf16, checkpointing": ["train.precision=bf16", "train.activation_checkpointing=true"],
+    "bf16 weights": ["train.precision=bf16", "dtype=bfloat16"],
+}
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", type=Path, help="default: three made-up Llamas")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--steps", type=int, default=2, help="of every phase that is measured")
+    parser.add_argument("--phase", action="append", help="default: all of the recipe")
+    parser.add_argument("--case", action="append", choices=CASES, help="default: all; of a recipe as it is: none")
+    parser.add_argument("--small", action="store_true", help="made-up models of a tenth of the size, to try this out")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child is not None:
+        print(json.dumps(measure_here(**json.loads(options.child))))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = options.recipe or make_up(Path(folder), small=options.small)
+        cases = options.case or (["as it is"] if options.recipe else list(CASES))
+        for case in cases:
+            overrides = [*options.set, *CASES.get(case, [])]
+            for phase in options.phase or phases_of(load_recipe(recipe, overrides)):
+                row = {"case": case, "phase": phase, **measure(recipe, overrides, phase, options.steps)}
+                rows.append(row)
+                print(show(row), flush=True)
+    worst = max(abs(row["error"]) for row in rows)
+    result = {"machine": machine(), "within": worst <= WITHIN, "worst": round(worst, 4), "rows": rows}
+    print(f"worst error {worst:.1%}: {'within' if worst <= WITHIN else 'NOT within'} {WITHIN:.0%}")
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def phases_of(recipe: Recipe) -> list[str]:
+    """Names of the phases, of equal tune phases the first."""
+    tuned = [f"tune-{name}" for name, part in recipe.specialists.items() if part.tune is not None][:1]
+    return [*tuned, *(name for name in ("stage1", "stage2") if getattr(recipe, name) is not None)]
+
+
+def measure(recipe: Path, overrides: list[str], phase: str, steps: int) -> dict[str, Any]:
+    """One phase in a process of its own."""
+    job = {"recipe": str(recipe), "overrides": overrides, "phase": phase, "steps": steps}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, "--child", json.dumps(job)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure_here(recipe: str, overrides: list[str], phase: str, steps: int) -> dict[str, Any]:
+    """In the child: the estimate, then a few steps of the phase, and the peak of the process over its start."""
+    from ultrafuser.model.memory import peak_bytes, reset_peak
+    from ultrafuser.train.estimate.devices import this_machine
+    from ultrafuser.train.estimate.estimate import estimate_phases, gather_ingredients
+    from ultrafuser.train.pipeline import Trainer
+
+    loaded = shorten(load_recipe(recipe, overrides), steps)
+    ingredients = gather_ingredients(loaded)
+    (estimate,) = (e for e in estimate_phases(loaded, this_machine("cpu"), ingredients) if e.name == phase)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(loaded.model_copy(update={"output": Path(folder)}))
+        warm_up()
+        reset_peak()
+        before = resident_bytes()
+        stage = loaded.stage1 if phase == "stage1" else loaded.stage2
+        if phase.startswith("tune-"):
+            name = phase.removeprefix("tune-")
+            model = trainer.build({name: loaded.specialists[name]})
+            stage = loaded.specialists[name].tune
+            assert stage is not None
+            trainer.run_stage(phase, model, stage, domains=loaded.specialists[name].tune.domains)  # type: ignore[union-attr]
+        else:
+            assert stage is not None
+            model = trainer.build(loaded.specialists)
+            trainer.run_stage(phase, model, stage)
+        measured = peak_bytes() - before
+    return {
+        "estimated_mb": round(estimate.memory.num_bytes / MB, 1),
+        "measured_mb": round(measured / MB, 1),
+        "error": round(estimate.memory.num_bytes / measured - 1, 4),
+        "moment": estimate.memory.moment,
+        "parts_mb": {name: round(count / MB, 1) for name, count in estimate.memory.parts.items()},
+    }
+
+
+def shorten(recipe: Recipe, steps: int) -> Recipe:
+    """A recipe whose phases end after some steps; it is planned and run alike."""
+    specialists = {
+        name: part.model_copy(update={"tune": part.tune and part.tune.model_copy(update={"steps": steps})})
+        for name, part in recipe.specialists.items()
+    }
+    stages = {
+        name: stage.model_copy(update={"steps": steps, "warmup_steps": 0})
+        for name in ("stage1", "stage2")
+        if (stage := getattr(recipe, name)) is not None
+    }
+    data = recipe.data and recipe.data.model_copy(update={"benchmarks": None})
+    return recipe.model_copy(update={"specialists": specialists, "data": data, **stages})
+
+
+def warm_up() -> None:
+    """A tiny training step: what libraries hold from their first use on belongs to no model."""
+    layer = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+            layer(torch.ones(64, 64)).sum().backward()
+    optimizer.step()
+
+
+def resident_bytes() -> int:
+    """Of this process, now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def make_up(work: Path, *, small: bool) -> Path:
+    """Three random Llamas of different templates, a domain of numbered questions for each, and a recipe over them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bytewise = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytewise.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    templates = {"text": "ultralm", "code": "codellama", "math": "wizardmath"}
+    hidden = 128 if small else 512
+    shape = {
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 4,
+        "vocab_size": 1024 if small else 8192,
+        "tie_word_embeddings": False,
+    }
+    for seed, name in enumerate(templates):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(work / name)
+        tokenizer.save_pretrained(work / name)
+        lines = [
+            json.dumps({"prompt": f"What is {name} number {i}?", "response": f"It is {i}, {name} says. " * (2 + i % 5)})
+            for i in range(120)
+        ]
+        (work / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tune = {"steps": 2, "records_per_domain": 12, "domains": ["text"]}
+    stage = {"steps": 2, "records_per_domain": 4}
+    recipe = {
+        "name": "made-up",
+        "specialists": {
+            n: {"model": str(work / n), "template": t, **({"tune": tune} if n == "text" else {})}
+            for n, t in templates.items()
+        },
+        "data": {"domains": {name: {"sources": [{"path": str(work / f"{name}.jsonl")}]} for name in templates}},
+        "train": {"micro_batch_tokens": 1024, "loss_chunk": 256, "validation_records": 1, "device": "cpu"},
+        "stage1": stage,
+        "stage2": {**stage, "train_specialists": True},
+    }
+    path = work / "made-up.yaml"
+    path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+def show(row: dict[str, Any]) -> str:
+    """A row for people."""
+    return (
+        f"{row['case']:<20} {row['phase']:<12} estimated {row['estimated_mb']:>8,.1f} MB  measured "
+        f"{row['measured_mb']:>8,.1f} MB  {row['error']:+.1%}  ({row['moment']})"
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": f"python {' '.join(sys.argv)}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()

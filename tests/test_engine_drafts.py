@@ -398,3 +398,17 @@ def test_open_drafts_change_no_token(kind: Any, draft_weights: Any, temperature:
     assert [one.ids() for one in heard] == expected
     stats = engine.stats()
     assert 0 < stats.accepted_tokens < stats.drafted_tokens
+
+
+def test_what_the_text_says_is_compared_though_nobody_reads_it():
+    """So a lookup that is not worth a try today is found out without one."""
+    engine = make_engine(make_fused(make_similar()), drafts=("lookup",))
+    engine.planner.plan = lambda *_: PLAIN  # type: ignore[method-assign]
+    first = engine.planner.make_history().record("lookup").rate
+    run(engine, greedy(30, 30, 30, max_tokens=50, ignore_end=True))
+
+    history = engine.planner.make_history()
+    rates = {matched: record.rate for (_, matched), record in history.records.items() if matched}
+    assert rates
+    assert all(rate != first for rate in rates.values())
+    assert engine.stats().drafted_tokens == 0

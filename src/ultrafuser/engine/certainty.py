@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 _EDGES = (0.25, 0.5, 1.0, 1.5, 2.5, 4.0)  # nats, between the groups of margins
-_FIRST = (0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)  # shares that agree in each group as long as little is known
+_FIRST = (0.5, 0.6, 0.75, 0.9, 0.95, 0.98, 0.99)  # shares that agree in each group as long as little is known
 _FIRST_WEIGHT = 4.0  # guesses that these stand for
 _KEEP = 0.99  # of a group's past at every guess in it
 

@@ -9,7 +9,8 @@ same tokens stood there before; or a small `model`.
 
 Who drafts is decided before every block from what was measured: how often guesses of that kind agreed lately for this
 choice, and what passes of that many rows cost. How far a lookup goes is decided then, too; who runs ahead decides token
-by token (`certainty`). A guess that does not pay is not made, and is tried again now and then.
+by token (`certainty`). What the text itself says is compared in any case, which costs nothing; another guess that does
+not pay is not made, and is tried again now and then.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ _KEEP = 0.9  # of an average at every observation: some ten blocks back
 _KEEP_TYPICAL = 0.98  # the same for what is typical of all choices
 _FIRST_RETRY, _LAST_RETRY = 16, 256  # tokens until a kind that did not pay is tried again
 _GAIN = 1.05  # what a draft must promise before it is made
+_OPEN_GAIN = 0.95  # the same where its writer stops by itself: little is lost, and something is learnt
+_KEEP_BLOCKS = 0.97  # of averages over blocks, of which a few say little
+_FIRST_BLOCKS = 8.0  # blocks that what is not known yet stands for
+_TYPICAL_BLOCKS = 16.0  # the same for what was typical of earlier choices
 _ROW = 0.1  # of a pass of one row: what a further row costs as long as nothing is known
 _REDUCED = 0.4  # of a specialist's part of a pass: what it costs in fewer bits as long as nothing is known
 
@@ -104,10 +109,10 @@ class _Record:
 
     agreed: float = 3.0
     tried: float = 4.0
-    blocks: float = 1.0
-    tokens: float = 3.0  # that blocks gave
-    drafted: float = 4.0  # written for them
-    read: float = 4.0  # of these, what all read
+    blocks: float = _FIRST_BLOCKS
+    tokens: float = 3 * _FIRST_BLOCKS  # that blocks gave
+    drafted: float = 4 * _FIRST_BLOCKS  # written for them
+    read: float = 4 * _FIRST_BLOCKS  # of these, what all read
     retry_after: int = _FIRST_RETRY
     tokens_without: int = 0
 
@@ -119,7 +124,7 @@ class _Record:
         self.agreed = self.agreed * keep + agreed
         self.tried = self.tried * keep + tried
 
-    def observe_block(self, tokens: int, drafted: int, read: int, keep: float = _KEEP) -> None:
+    def observe_block(self, tokens: int, drafted: int, read: int, keep: float = _KEEP_BLOCKS) -> None:
         self.blocks = self.blocks * keep + 1
         self.tokens = self.tokens * keep + tokens
         self.drafted = self.drafted * keep + drafted
@@ -127,8 +132,8 @@ class _Record:
 
     def as_first(self) -> _Record:
         """What a new choice starts from when this is typical."""
-        each = 1 / self.blocks
-        return _Record(4 * self.rate, 4.0, 1.0, self.tokens * each, self.drafted * each, self.read * each)
+        n = _TYPICAL_BLOCKS / self.blocks
+        return _Record(4 * self.rate, 4.0, _TYPICAL_BLOCKS, self.tokens * n, self.drafted * n, self.read * n)
 
 
 class DraftHistory:
@@ -283,7 +288,7 @@ class Planner:
             records = [history.record(kind) for history in histories]
             if kind != "lookup":
                 speed = self._open_speed(kind, num_choices, records, one)
-                if speed > best_speed:
+                if speed > (best_speed if best.kind else _OPEN_GAIN / one):
                     best, best_speed = Plan(kind, longest, is_open=True), speed
                 continue
             rate = sum(record.rate for record in records) / len(records)

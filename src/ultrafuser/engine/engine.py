@@ -93,6 +93,7 @@ class _Memory:
     absences: Absences
     history: DraftHistory
     lookup: Lookup | None = None
+    looked_up: list[int] = field(default_factory=list)  # what a lookup says of the next tokens, read by all or not
     siblings: list[Choice] = field(default_factory=list)  # choices that wait for this one to read their prompt
 
 
@@ -345,7 +346,8 @@ class Engine:
         guesses = drafts
         began = time.perf_counter()
         if plan.kind == "lookup":
-            drafts = [self._lookup(choice).draft(min(plan.length, self._room(choice))) for choice in choices]
+            lengths = [min(plan.length, self._room(choice)) for choice in choices]
+            drafts = [self._memory[id(c)].looked_up[:length] for c, length in zip(choices, lengths, strict=True)]
             guesses = drafts
         elif plan.kind is not None:
             heaviest = [max(range(len(c.last_weights)), key=c.last_weights.__getitem__) for c in choices]
@@ -379,15 +381,15 @@ class Engine:
             self._settle(block.choice, advance)
 
     def _plan(self, choices: Sequence[Choice]) -> Plan:
+        for choice in choices:
+            self._memory[id(choice)].looked_up = []
         if not self.planner.kinds or len(choices) > self.options.max_draft_choices:
             return PLAIN
         room = min(self._room(choice) for choice in choices)
         possible: dict[DraftKind, int] = {}
         for kind in self.planner.kinds:
             if kind == "lookup":
-                longest = max(len(self._lookup(choice).draft(LENGTHS[-1])) for choice in choices)
-                for choice in choices:
-                    self._memory[id(choice)].history.num_matched = self._lookup(choice).num_matched
+                longest = max(self._look_up(choice) for choice in choices)
                 if longest:
                     possible[kind] = min(longest, room)
             else:
@@ -396,6 +398,12 @@ class Engine:
         for choice in choices:
             self._memory[id(choice)].history.pass_over(kind for kind in possible if kind != plan.kind)
         return plan
+
+    def _look_up(self, choice: Choice) -> int:
+        """What the text itself says of the next tokens; how many there are."""
+        memory, lookup = self._memory[id(choice)], self._lookup(choice)
+        memory.looked_up, memory.history.num_matched = lookup.draft(LENGTHS[-1]), lookup.num_matched
+        return len(memory.looked_up)
 
     def _room(self, choice: Choice) -> int:
         """Tokens that a draft may have: what follows the choice's last token cannot be used."""
@@ -412,17 +420,22 @@ class Engine:
     def _remember(
         self, block: Block, advance: Advance, plan: Plan, guesses: Sequence[int], margins: Sequence[float]
     ) -> None:
-        if plan.kind is None or not guesses or not advance.num_tokens:
+        if not advance.num_tokens:
+            return
+        memory, chosen = self._memory[id(block.choice)], block.choice.response[-advance.num_tokens :]
+        if memory.looked_up:  # which costs nothing to compare, whoever drafted
+            compared = min(len(memory.looked_up), len(chosen))
+            as_planned = Plan("lookup", compared)
+            self.planner.observe(memory.history, as_planned, _num_agreed(memory.looked_up, chosen), compared)
+        if plan.kind is None or not guesses:
             return
         # What was chosen says of one guess more than was read whether it is right.
-        chosen = block.choice.response[-advance.num_tokens :]
-        agreed = sum(a == b for a, b in zip(guesses, chosen, strict=False))
-        history, read = self._memory[id(block.choice)].history, len(block.drafts)
+        agreed, read = _num_agreed(guesses, chosen), len(block.drafts)
         if plan.is_open:
             tokens = advance.num_tokens
-            self.planner.observe_course(history, plan, margins, agreed=agreed, tokens=tokens, read=read)
-        else:
-            self.planner.observe(history, plan, agreed, len(guesses))
+            self.planner.observe_course(memory.history, plan, margins, agreed=agreed, tokens=tokens, read=read)
+        elif plan.kind != "lookup":
+            self.planner.observe(memory.history, plan, agreed, len(guesses))
         self._counters.drafted_tokens += len(guesses)
         self._counters.accepted_tokens += min(agreed, read)
 
@@ -467,3 +480,9 @@ class Engine:
         if any(choice.seen):
             self.runner.copy_slot(choice.slot, slot, choice.seen)
         choice.slot = slot
+
+
+def _num_agreed(guesses: Sequence[int], chosen: Sequence[int]) -> int:
+    """Guesses until the first that was not chosen."""
+    pairs = zip(guesses, chosen, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from training_helpers import make_fused, make_phase
+from training_helpers import damage_writing, make_fused, make_phase
 from ultrafuser.config.training import ParallelConfig
 from ultrafuser.train.loop import Loop
 from ultrafuser.train.parallel.fsdp import FullyShard
@@ -30,7 +30,7 @@ from ultrafuser.train.parallel.shards import whole
 from ultrafuser.train.parallel.single import Single
 from ultrafuser.train.parallel.world import World, begin_world
 
-ALONE_S = 120.0  # longest run of a test, on a busy machine
+ALONE_S = 900.0  # a run that takes longer hangs, even on a busy machine
 
 
 class Ended(NamedTuple):
@@ -98,6 +98,7 @@ def run_phases(folder: Path, runs: Mapping[str, Mapping[str, Any]], **_: Any) ->
             model = make_fused(**run.get("model", {}))
             if run.get("untied"):
                 untie(model)
+            model.to(getattr(torch, run.get("dtype", "float32")))
             phase = make_phase(folder / name, model=model, name=name, stage=run.get("stage", {}), train=train)
             strategy = strategy_of(world, run.get("parallel", {}), bf16=train.get("precision") == "bf16")
             with world.in_turn():
@@ -117,10 +118,13 @@ def untie(model: Any) -> None:
         specialist.config.tie_word_embeddings = False
 
 
-def run_command(folder: Path, overrides: Sequence[str] = (), **_: Any) -> None:
-    """`ultrafuser train` as a user calls it."""
+def run_command(
+    folder: Path, overrides: Sequence[str] = (), overrides_of: Mapping[str, Sequence[str]] = {}, **_: Any
+) -> None:
+    """`ultrafuser train` as a user calls it; `overrides_of` those of one rank."""
     from ultrafuser.cli.main import run
 
+    overrides = [*overrides, *overrides_of.get(os.environ.get("RANK", "0"), ())]
     sys.argv = ["ultrafuser", "train", str(folder / "tiny.yaml"), *(part for o in overrides for part in ("--set", o))]
     run()
 
@@ -180,11 +184,12 @@ def _run_rank(request: Mapping[str, Any], folder: Path, rank: int, size: int, po
     if size > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= request.get("environment", {}).get(str(rank), {})
     try:
         with (folder / f"said-{rank}").open("w") as file:
             os.dup2(file.fileno(), 2)
             os.dup2(file.fileno(), 1)
+        if limit := request.get("size_limits", {}).get(str(rank)):
+            damage_writing(limit)
         arguments = {key: value for key, value in request.items() if key not in ("job", "folder", "size")}
         JOBS[request["job"]](folder, **arguments)
     except SystemExit as error:

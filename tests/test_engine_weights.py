@@ -12,7 +12,7 @@ from torch import nn
 
 from engine_helpers import assert_answers, greedy, make_engine, make_similar, run, twin
 from helpers import make_fused, make_mixed, make_model, make_trio
-from ultrafuser.engine.reduced import HalfProduct, Int4Product, Int8Product, is_int4_fast
+from ultrafuser.engine.reduced import HalfProduct, Int4Product, Int8Product, is_half_as_fast, is_int4_fast
 from ultrafuser.engine.weights import ExactProduct, PackedProduct, can_pack, make_product
 from ultrafuser.errors import ConfigError
 
@@ -156,11 +156,33 @@ def test_a_copy_for_drafts_is_made_only_where_it_is_of_use():
         return make_engine(model, **{"draft_weights": "auto", "drafts": ("self",), **options}).runner.draft_form
 
     model = make_fused(make_similar())
-    assert form(model) == ("int4" if is_int4_fast() else "exact")
+    best = "half" if is_half_as_fast() else "int4"
+    assert form(model) == (best if is_int4_fast() else "exact")
+    assert form(model, pack=False) == ("int4" if is_int4_fast() else "exact")  # where memory is short
     assert form(model, drafts=("lookup",)) == "exact"
     assert form(model, weights="half", draft_weights="half") == "exact"  # they are in half already
     assert form(make_fused(make_mixed())) == "exact"
     assert form(make_fused(make_similar()).bfloat16()) == "exact"
+
+
+def test_drafts_are_in_half_where_int4_is_no_faster(monkeypatch: pytest.MonkeyPatch):
+    """A rule of the processor and not a measurement; a weight beyond fp16 leaves int4."""
+
+    def form(capability: str, **options: Any) -> str:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        options = {"draft_weights": "auto", "drafts": ("self",), **options}
+        return make_engine(model, **options).runner.draft_form
+
+    model = make_fused(make_similar())
+    assert form("AVX512") == "int4"
+    assert form("DEFAULT") == "exact"
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return
+    assert form("AVX2") == "half"
+    assert form("AVX2", weights="half") == "exact"
+    with torch.no_grad():
+        model.specialists["math"].model.layers[0].mlp.gate_proj.weight[0, 0] = 1e5
+    assert form("AVX2") == "int4"
 
 
 def test_inputs_that_the_int8_kernel_would_read_past_are_refused():

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ultrafuser.engine.fp16 import keeps_values
 from ultrafuser.engine.llama import is_llama_like
+from ultrafuser.engine.reduced import is_half_as_fast
 from ultrafuser.engine.weights import can_pack, compute_type
 from ultrafuser.errors import ModelError
 from ultrafuser.model.fused import FusedForCausalLM
@@ -106,7 +107,8 @@ def _bytes_of_copies(model: PreTrainedModel, num_weights: int, options: EngineOp
     own = {"exact": packed if packs else 0.0, "half": 2.0, "int8": 1.0}[options.weights]
     if options.release_model and (options.weights != "exact" or keeps_values(first)):
         own = max(own - first.element_size(), 0.0)
-    drafts = {"auto": 0.625, "int4": 0.625, "half": 2.0, "exact": 0.0}[options.draft_weights]
+    of_auto = 2.0 if packs and is_half_as_fast() else 0.625
+    drafts = {"auto": of_auto, "int4": 0.625, "half": 2.0, "exact": 0.0}[options.draft_weights]
     return int((own + (drafts if "self" in options.drafts else 0.0)) * num_weights)
 
 

@@ -133,6 +133,15 @@ def is_int4_fast() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
+def is_half_as_fast() -> bool:
+    """Whether a row in half takes hardly longer than in int4, as on AVX2, where int4 spends on unpacking what it saves.
+
+    Guesses in half are then better: measured, one in thirty was wrong where one in ten was in int4 (`docs/results.md`).
+    """
+    has_kernels = "fbgemm" in torch.backends.quantized.supported_engines
+    return has_kernels and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [O, I] of 0 to 15, and scale and zero [I / 32, O, 2]: a weight is (code - 8) * scale + zero."""
     groups = weight.view(len(weight), -1, _GROUP)

@@ -21,7 +21,7 @@ from ultrafuser.engine.backbones import Backbone, ModelBackbone
 from ultrafuser.engine.graphs import StepGraphs
 from ultrafuser.engine.llama import LlamaStack, can_stack, is_llama_like
 from ultrafuser.engine.proof import ask_models, check_backbone
-from ultrafuser.engine.reduced import is_int4_fast
+from ultrafuser.engine.reduced import is_half_as_fast, is_int4_fast
 from ultrafuser.engine.shared import SharedStack, has_known_adapters, have_one_base, is_adapted
 from ultrafuser.engine.slots import SlotCache
 from ultrafuser.engine.weights import DraftWeights, WeightFormat
@@ -75,7 +75,8 @@ class Runner:
         margin: Columns beyond that, which shorter rows of a block may fill with rubbish.
         kind: "stacked" runs equal specialists in one pass, "sequential" never does, "auto" does where it is faster.
         form: Format of the weights; others than "exact" need Llama-like specialists on the CPU.
-        draft_form: Format of the weights with which specialists run ahead; "auto" is int4 where it is fast.
+        draft_form: Format of the weights with which specialists run ahead; "auto" is int4 where it is fast,
+            or half where that is as fast and weights may be copied.
         draft: A small model of the same vocabulary that drafts.
         static_shapes: Run steps of few tokens in constant shapes; None does so on CUDA.
         pack: Copy exact weights where that makes them faster.
@@ -110,7 +111,7 @@ class Runner:
         self._place: list[tuple[_Group, int]] = []  # of each view: its group, and which member it is there
         grouped = _grouped(models, self.num_specialists, kind)
         is_lean = all(stack is not None for views, stack in grouped if views[0] < self.num_specialists)
-        self.draft_form = _draft_form(draft_form, form, models[: self.num_specialists], is_lean)
+        self.draft_form = _draft_form(draft_form, form, models[: self.num_specialists], is_lean, pack)
         weights = _Weights(form, pack, release, static_shapes)
         for views, stack in grouped:
             drafts = self.draft_form if views[0] < self.num_specialists else "exact"
@@ -271,7 +272,7 @@ def _make_group(
 
 
 def _draft_form(
-    wanted: DraftWeights, form: WeightFormat, specialists: Sequence[PreTrainedModel], is_lean: bool
+    wanted: DraftWeights, form: WeightFormat, specialists: Sequence[PreTrainedModel], is_lean: bool, pack: bool
 ) -> Literal["exact", "half", "int4"]:
     """The format of drafts: exact, too, where the weights themselves are in the wanted one."""
     if wanted in ("exact", form):
@@ -280,10 +281,18 @@ def _draft_form(
         model.device.type == "cpu" and (form != "exact" or model.dtype == torch.float32) for model in specialists
     )
     if wanted == "auto":
-        return "int4" if fits and is_int4_fast() else "exact"
+        if not fits or not is_int4_fast():
+            return "exact"
+        fits_half = pack and is_half_as_fast() and all(map(_fits_fp16, specialists))
+        return ("exact" if form == "half" else "half") if fits_half else "int4"
     if not fits:
         raise ConfigError(f"drafts in {wanted} take Llama-like specialists in fp32 on the CPU: use auto or exact")
     return cast(Literal["half", "int4"], wanted)
+
+
+def _fits_fp16(model: PreTrainedModel) -> bool:
+    """Whether no weight is too large, nor none at all."""
+    return all(float(p.detach().abs().amax()) <= torch.finfo(torch.float16).max for p in model.parameters() if p.dim() == 2)
 
 
 def _grouped(

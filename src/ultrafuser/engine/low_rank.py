@@ -20,9 +20,44 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ultrafuser.engine.fp16 import Fp16Matrix, keeps_values
+from ultrafuser.engine.reduced import joined
 from ultrafuser.engine.weights import AnyFormat
 
 _NAME = "default"  # of the adapter in each specialist
+_FULL = 0.4  # of the entries of all B in one matrix that must be no zeros
+
+
+class Ranks(NamedTuple):
+    """How the adapters of the layers of one product lie side by side: layer by layer, in each all specialists."""
+
+    downs: list[nn.Linear]  # A [r, I] of each
+    factors: Float[Tensor, "G R"]  # the scaling of the specialist whose rank it is, zero for the others
+    ups: list[tuple[slice, slice, list[nn.Linear]]]  # of each adapted layer: its outputs, its ranks, B [O, r] of each
+
+
+def lay_out(parts: Sequence[Sequence[Any]]) -> Ranks:
+    """The layout for layers whose outputs stand side by side, given per specialist; those without adapters are plain.
+
+    At least one has an adapter.
+    """
+    downs: list[nn.Linear] = []
+    factors: list[Tensor] = []
+    ups: list[tuple[slice, slice, list[nn.Linear]]] = []
+    start = rank = 0
+    for column in zip(*parts, strict=True):
+        layers = [(j, layer) for j, layer in enumerate(column) if has_adapter(layer)]
+        first = rank
+        for j, layer in layers:
+            downs.append(layer.lora_A[_NAME])
+            factor = torch.zeros((len(parts), downs[-1].out_features))
+            factor[j] = layer.scaling[_NAME]
+            factors.append(factor)
+            rank += downs[-1].out_features
+        stop = start + column[0].out_features
+        if layers:
+            ups.append((slice(start, stop), slice(first, rank), [layer.lora_B[_NAME] for _, layer in layers]))
+        start = stop
+    return Ranks(downs, torch.cat(factors, dim=1), ups)
 
 
 class _Up(NamedTuple):
@@ -37,38 +72,20 @@ class LowRank:
     """Adapters of the layers of one product.
 
     Args:
-        parts: Per specialist, the layers whose outputs stand side by side; those without an adapter are plain.
+        ranks: Of these layers.
         form: Format of the base's weights. Exact adapters in the type of the computation become views of one buffer;
             16-bit ones are copied without loss where the computation is in fp32; beside reduced weights they are fp16.
         compute_dtype: Of inputs and outputs.
     """
 
-    def __init__(self, parts: Sequence[Sequence[Any]], form: AnyFormat, compute_dtype: torch.dtype) -> None:
+    def __init__(self, ranks: Ranks, form: AnyFormat, compute_dtype: torch.dtype) -> None:
         self.copied: list[Any] = []  # linear layers whose weights are not needed any more
-        downs: list[nn.Linear] = []
-        factors: list[Tensor] = []  # [G, r]: the scaling of the one whose ranks these are
-        ups: list[tuple[slice, slice, list[nn.Linear]]] = []
-        start = rank = 0
-        for column in zip(*parts, strict=True):
-            layers = [(j, layer) for j, layer in enumerate(column) if has_adapter(layer)]
-            first = rank
-            for j, layer in layers:
-                downs.append(layer.lora_A[_NAME])
-                factor = torch.zeros((len(parts), downs[-1].out_features))
-                factor[j] = layer.scaling[_NAME]
-                factors.append(factor)
-                rank += downs[-1].out_features
-            stop = start + column[0].out_features
-            if layers:
-                ups.append((slice(start, stop), slice(first, rank), [layer.lora_B[_NAME] for _, layer in layers]))
-            start = stop
-        self.num_out = start
-        self.down = self._matrix(downs, 0, form, compute_dtype)
-        self.ups = [_Up(o, r, self._matrix(linears, 1, form, compute_dtype)) for o, r, linears in ups]
-        scales = _scale(self.down) * torch.cat(factors, dim=1)
+        self.down = self._matrix(ranks.downs, 0, form, compute_dtype)
+        self.ups = [_Up(o, r, self._matrix(linears, 1, form, compute_dtype)) for o, r, linears in ranks.ups]
+        scales = _scale(self.down) * ranks.factors
         for up in self.ups:  # the powers of two that fp16 matrices want are taken along
             scales[:, up.ranks] *= _scale(up.matrix)
-        self.scales = scales[:, None].to(compute_dtype).to(column[0].weight.device)  # [G, 1, R]
+        self.scales = scales[:, None].to(ranks.downs[0].weight.device, compute_dtype)  # [G, 1, R]
         matrices = [self.down, *(up.matrix for up in self.ups)]
         self.num_bytes = sum(
             m.num_bytes if isinstance(m, Fp16Matrix) else m.numel() * m.element_size() for m in matrices
@@ -79,7 +96,7 @@ class LowRank:
         scales = self.scales if member is None else self.scales[member : member + 1]
         lowered = _times(x.reshape(-1, x.shape[-1]), self.down).view(*x.shape[:2], -1)
         lowered = (lowered * scales).view(-1, lowered.shape[-1])
-        rows = y.view(-1, self.num_out)
+        rows = y.view(-1, y.shape[-1])
         for outputs, ranks, matrix in self.ups:
             own, part = rows[:, outputs], lowered[:, ranks]
             if isinstance(matrix, Fp16Matrix):
@@ -102,6 +119,56 @@ class LowRank:
         for linear, view in zip(linears, torch.split(weight, sizes, dim), strict=True):
             linear.weight.data = view  # the model goes on working, and nothing is held twice
         return weight
+
+
+class JoinedFp16:
+    """Base and adapters in fp16, where B is further inputs of the base's matrix: [W B] [x; scaling * A x].
+
+    Two products and no sum: what a step costs beside reading weights is operations. Layers whose B would leave more
+    zeros than that is worth have a matrix of their own.
+
+    Args:
+        parts: Per specialist, the layers whose outputs stand side by side.
+        ranks: Of these layers.
+        num_threads: Of torch.
+    """
+
+    is_copy = True
+
+    def __init__(self, parts: Sequence[Sequence[Any]], ranks: Ranks, *, num_threads: int) -> None:
+        self.down = Fp16Matrix(
+            torch.cat([linear.weight.detach().float() for linear in ranks.downs]), num_threads=1, is_scaled=True
+        )
+        bases = [base_of(layer) for layer in parts[0]]
+        weight, bias = joined(bases)
+        ups = weight.new_zeros((len(weight), ranks.factors.shape[1]))
+        for outputs, columns, linears in ranks.ups:
+            ups[outputs, columns] = torch.cat([linear.weight.detach().float() for linear in linears], dim=1)
+        apart = len(ranks.ups) == len(bases) and ups.count_nonzero() < _FULL * ups.numel()
+        cuts = [(o, r) for o, r, _ in ranks.ups] if apart else [(slice(None), slice(None))]
+        self.matrices = [
+            (
+                columns,
+                Fp16Matrix(
+                    torch.cat([weight[outputs], ups[outputs, columns]], dim=1),
+                    bias[outputs] if bias is not None else None,
+                    num_threads=num_threads,
+                    is_scaled=True,
+                ),
+            )
+            for outputs, columns in cuts
+        ]
+        self.scales = self.down.scale * ranks.factors[:, None]  # [G, 1, R]
+        self.num_bytes = self.down.num_bytes + sum(matrix.num_bytes for _, matrix in self.matrices)
+
+    def __call__(self, x: Float[Tensor, "G M I"], member: int | None = None) -> Float[Tensor, "G M O"]:
+        """[G, M, I] to [G, M, O]; with `member` both have one specialist."""
+        scales = self.scales if member is None else self.scales[member : member + 1]
+        rows = x.reshape(-1, x.shape[-1])
+        lowered = (self.down.unscaled(rows).view(*x.shape[:2], -1) * scales).view(len(rows), -1)
+        found = [matrix(torch.cat([rows, lowered[:, columns]], dim=1)) for columns, matrix in self.matrices]
+        y = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        return y.view(*x.shape[:2], -1)
 
 
 def has_adapter(layer: Any) -> bool:

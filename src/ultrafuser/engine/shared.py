@@ -18,8 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ultrafuser.engine.fp16 import keeps_values
 from ultrafuser.engine.llama import LlamaStack
-from ultrafuser.engine.low_rank import LowRank, base_of, has_adapter
+from ultrafuser.engine.low_rank import JoinedFp16, LowRank, base_of, has_adapter, lay_out
 from ultrafuser.engine.weights import AnyFormat, Product, make_product
 from ultrafuser.model.lora import ADAPTER_NAME, lora_layers
 
@@ -64,10 +65,17 @@ class SharedStack(LlamaStack):
     def _product(
         self, parts: list[list[Any]], form: AnyFormat, *, num_threads: int, pack: bool
     ) -> tuple[Product, list[Any]]:
-        base = make_product([[base_of(layer) for layer in parts[0]]], form, num_threads=num_threads, pack=pack)
         layers = [layer for column in parts for layer in column]
-        low_rank = LowRank(parts, form, self.compute_dtype) if any(map(has_adapter, layers)) else None
-        copied = [base_of(layer) for layer in layers] if base.is_copy else []
+        bases = [base_of(layer) for layer in layers]
+        ranks = lay_out(parts) if any(map(has_adapter, layers)) else None
+        if ranks is not None:
+            adapters = [*ranks.downs, *(linear for _, _, linears in ranks.ups for linear in linears)]
+            keeps = pack and all(keeps_values(linear.weight) for linear in [*bases, *adapters])
+            if form == "half" or (form == "exact" and keeps):
+                return JoinedFp16(parts, ranks, num_threads=num_threads), [*bases, *adapters]
+        base = make_product([[base_of(layer) for layer in parts[0]]], form, num_threads=num_threads, pack=pack)
+        low_rank = LowRank(ranks, form, self.compute_dtype) if ranks is not None else None
+        copied = bases if base.is_copy else []
         return SharedProduct(base, low_rank), [*copied, *(low_rank.copied if low_rank is not None else ())]
 
     def _stacked(self, weights: Sequence[Tensor]) -> Float[Tensor, "1 1 1 _"]:

@@ -51,6 +51,7 @@ from ultrafuser.engine.bench import (
 )
 from ultrafuser.engine.drafts import Costs, DraftKind, Planner
 from ultrafuser.engine.engine import Engine, EngineOptions
+from ultrafuser.engine.weights import DraftWeights
 from ultrafuser.errors import ConfigError
 from ultrafuser.files import write_text_atomically
 from ultrafuser.generation import SamplingParams
@@ -177,10 +178,17 @@ class Bench:
         quick: A few tokens and prompts.
         num_seeds: Of sampled answers; 0 takes what `quick` says.
         kinds: Sets of drafts that are compared with none.
+        draft_weights: Format of who runs ahead.
     """
 
     def __init__(
-        self, place: str, *, quick: bool, num_seeds: int = 0, kinds: Sequence[tuple[DraftKind, ...]] = DRAFTS[1:]
+        self,
+        place: str,
+        *,
+        quick: bool,
+        num_seeds: int = 0,
+        kinds: Sequence[tuple[DraftKind, ...]] = DRAFTS[1:],
+        draft_weights: DraftWeights = "auto",
     ) -> None:
         self.place = place
         self.tokens = 16 if quick else 32
@@ -190,6 +198,7 @@ class Bench:
         self.prompts = read_prompts(place, 2 if quick else 3)
         self.seeds = tuple(range(num_seeds or (1 if quick else 2)))
         self.kinds = tuple(kinds)
+        self.draft_weights = draft_weights
         limits = [config.max_position_embeddings for config in self.whole.config.specialist_configs.values()]
         self.context = min([1024, *limits])
         self.timings: list[DecodeTiming] = []
@@ -304,7 +313,8 @@ class Bench:
     def speculate(self, names: Sequence[str], **options: Any) -> None:
         """Drafts on each domain, greedy and sampled, against plain decoding of the same prompts."""
         form = options.get("weights", "exact")
-        engine = self.engine(names, **{"drafts": ("lookup", "self"), **options})
+        engine = self.engine(names, **{"drafts": ("lookup", "self"), "draft_weights": self.draft_weights, **options})
+        print(f"  drafts in {engine.runner.draft_form}")
         planners = {kinds: engine.make_planner(kinds, 1) for kinds in ((), *self.kinds)}
         for domain, texts in self.prompts.items():
             prompts = self.rows(engine, texts)
@@ -327,7 +337,8 @@ class Bench:
 
     def count(self, names: Sequence[str], of_block: float, of_token: float) -> None:
         """What drafts on each domain would give at such costs."""
-        engine = self.engine(names, drafts=("lookup", "self"))
+        engine = self.engine(names, drafts=("lookup", "self"), draft_weights=self.draft_weights)
+        print(f"  drafts in {engine.runner.draft_form}")
         planners = {kinds: engine.make_planner(kinds, 1) for kinds in self.kinds}
         for domain, texts in self.prompts.items():
             prompts = self.rows(engine, texts)
@@ -403,6 +414,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("all", "drafts"), default="all")
     parser.add_argument("--kinds", action="append", help="A set of drafts, as lookup+self; may be given again.")
     parser.add_argument("--seeds", type=int, default=0, help="Of sampled answers; default: 2, quick 1.")
+    parser.add_argument("--draft-weights", choices=("auto", "exact", "half", "int4"), default="auto")
     parser.add_argument("--count", metavar="PASS,TOKEN", help="Count drafts at such costs instead of taking times.")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
@@ -435,7 +447,8 @@ def main() -> None:
     for place in places:
         label = str(Path(place).resolve().relative_to(ROOT)) if Path(place).resolve().is_relative_to(ROOT) else place
         print(label)
-        bench = Bench(place, quick=options.quick, num_seeds=options.seeds, kinds=kinds)
+        drafts = {"num_seeds": options.seeds, "kinds": kinds, "draft_weights": options.draft_weights}
+        bench = Bench(place, quick=options.quick, **drafts)
         names = list(bench.whole.names)
         if counted:
             bench.count(names, *counted)

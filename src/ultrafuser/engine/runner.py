@@ -292,7 +292,9 @@ def _draft_form(
 
 def _fits_fp16(model: PreTrainedModel) -> bool:
     """Whether no weight is too large, nor none at all."""
-    return all(float(p.detach().abs().amax()) <= torch.finfo(torch.float16).max for p in model.parameters() if p.dim() == 2)
+    return all(
+        float(p.detach().abs().amax()) <= torch.finfo(torch.float16).max for p in model.parameters() if p.dim() == 2
+    )
 
 
 def _grouped(

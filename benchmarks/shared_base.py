@@ -200,7 +200,7 @@ def main() -> None:
             "targets": TARGETS,
             "results": results,
         }
-        write_text_atomically(options.json, json.dumps(report, indent=1) + "\n")
+        write_text_atomically(json.dumps(report, indent=1) + "\n", options.json)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from ultrafuser.alignment.collate import collate
 from ultrafuser.config.load import load_recipe
 from ultrafuser.config.training import ParallelConfig
 from ultrafuser.errors import UltrafuserError
+from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.fused_rank import FusedRank
 from ultrafuser.model.specialist_group import SpecialistGroup
 from ultrafuser.train import pipeline
@@ -50,10 +51,17 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
-def stage_phase(folder: Path, stage: str, **options: Any) -> Phase:
-    """A phase of three specialists, whose batches are cut into several pieces and chunks."""
+def stage_phase(folder: Path, stage: str) -> Phase:
+    """A phase of three specialists, whose batches are cut into several pieces and chunks.
+
+    In stage 2 they are of two widths, so the gate has a projection for each, of which a process uses its own.
+    """
+    widths = dict(zip(NAMES, (16, 24, 16) if stage == "stage2" else (16, 16, 16), strict=True))
+    specialists = {name: make_specialist(seed, hidden_size=widths[name]) for seed, name in enumerate(NAMES)}
+    templates = ["ultralm", "codellama", "plain"]
+    model = FusedForCausalLM.from_specialists(specialists, templates=templates, tokenizer=TOKENIZER, gate_hidden_size=8)
     train = {"micro_batch_tokens": 96, "loss_chunk": 7}
-    return make_phase(folder / stage, model=make_fused(NAMES, **options), name=stage, stage=STAGES[stage], train=train)
+    return make_phase(folder / stage, model=model, name=stage, stage=STAGES[stage], train=train)
 
 
 def train(folder: Path, world: World) -> dict[str, Any]:
@@ -78,7 +86,7 @@ def compare(world: World) -> dict[str, Any]:
     for case, (options, everything) in CASES.items():
         whole, part = make_fused(NAMES, **options), make_fused(NAMES, **options)
         part = FusedRank.of(part, SpecialistGroup(dist.group.WORLD, world.rank, world.size))  # type: ignore[arg-type]
-        phase = stage_phase(Path(), "stage1", **options)
+        phase = make_phase(Path(), model=whole)
         batch = collate([record for records in phase.records.values() for record in records[:2]], pad_id=0).tensors()
         outputs, gradients = [], []
         for model in (whole, part):
@@ -127,12 +135,11 @@ def write_recipe(folder: Path, **parallel: Any) -> Path:
     return path
 
 
-def run_recipe(folder: Path) -> dict[str, Any]:
+def run_recipe(folder: Path, size: str) -> dict[str, Any]:
     """What a process of a run has to say: nothing, or why it was refused."""
     try:
-        pipeline.train(
-            load_recipe(folder / "tiny.yaml", [f"output={folder}/several", "train.parallel.mode=specialist"])
-        )
+        settings = [f"output={folder}/several-{size}", "train.parallel.mode=specialist"]
+        pipeline.train(load_recipe(folder / "tiny.yaml", settings))
     except UltrafuserError as error:
         return {"refused": str(error)}
     return {"refused": None}
@@ -159,7 +166,7 @@ def run_ranks(folder: Path, job: str) -> bool:
 def _run_child(folder: Path, job: str, rank: int) -> None:
     try:
         if job.startswith("recipe:"):
-            found = run_recipe(folder)
+            found = run_recipe(folder, job.removeprefix("recipe:"))
         else:
             with begin_world("cpu", timeout_s=120) as world:
                 found = {"compare": compare(world)} if world.size == len(NAMES) else {}

@@ -38,10 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.fspath(Path("src").resolve())}
     command = [sys.executable, os.fspath(Path(__file__).parent / "specialist_ranks.py"), str(folder), *JOBS]
     ranks = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    for stage in STAGES:
-        Loop(stage_phase(folder / "1", stage)).run()
-    train(load_recipe(recipe, [f"output={folder}/one"]))
-    _, said = ranks.communicate(timeout=300)
+    try:
+        for stage in STAGES:
+            Loop(stage_phase(folder / "1", stage)).run()
+        train(load_recipe(recipe, [f"output={folder}/one"]))
+        _, said = ranks.communicate(timeout=600)
+    finally:
+        ranks.kill()
     assert ranks.returncode == 0, said
     yield folder
     shutil.rmtree(folder)
@@ -68,7 +71,7 @@ def test_steps_are_those_of_one_process(folder: Path, size: int, stage: str):
 
     assert len(metrics) == len(expected) == 4
     for line, other in zip(metrics, expected, strict=True):
-        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
         assert line.get("validation") == pytest.approx(other.get("validation"), rel=1e-4)
         for domain, weights in line["gate_weights"].items():
@@ -78,7 +81,7 @@ def test_steps_are_those_of_one_process(folder: Path, size: int, stage: str):
     assert others is not None
     assert trained.parameters.keys() == others.parameters.keys()
     for name in trained.parameters.keys() - {IRRELEVANT}:
-        torch.testing.assert_close(trained.parameters[name], others.parameters[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(trained.parameters[name], others.parameters[name], rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -89,8 +92,11 @@ def test_each_process_holds_one_specialist_and_the_same_gate(folder: Path, size:
         assert len({one[stage]["gate"] for one in said}) == 1
     held = [one["stage2"]["held"] for one in said]
     assert held == [[name] for name in NAMES for _ in range(size // len(NAMES))]
-    whole = sum(p.numel() for p in stage_phase(folder, "stage2").model.parameters())
-    assert max(one["stage2"]["elements"] for one in said) < 1.1 * whole / size
+    model = stage_phase(folder, "stage2").model
+    for said_one, name in zip(said, [name for names in held for name in names], strict=True):
+        parts = [*model.specialists[name].parameters(), *model.fusion_gate.parameters()]
+        most = 1.05 * sum(part.numel() for part in parts) / (size // len(NAMES))  # parts of odd sizes are not equal
+        assert said_one["stage2"]["elements"] <= most
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -106,13 +112,13 @@ def test_one_process_goes_on_from_their_checkpoint(folder: Path, size: int, tmp_
     assert expected is not None
     for name, value in parameters(phase.model).items():
         if name in expected.parameters and name != IRRELEVANT:
-            torch.testing.assert_close(value, expected.parameters[name], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(value, expected.parameters[name], rtol=1e-4, atol=2e-5)
 
 
 def test_a_recipe_gives_the_model_of_one_process(folder: Path):
     """One specialist is fine-tuned first, by all processes; then both stages, and the model is saved whole."""
     assert [said["refused"] for said in found(folder, "recipe:3")] == [None] * 3
-    several, one = (load_file(folder / run / "model" / "model.safetensors") for run in ("several", "one"))
+    several, one = (load_file(folder / run / "model" / "model.safetensors") for run in ("several-3", "one"))
 
     assert several.keys() == one.keys()
     for name in several.keys() - {IRRELEVANT}:
@@ -124,6 +130,7 @@ def test_a_number_of_processes_that_does_not_fit_is_refused_by_all_in_one_line(f
 
     assert sum("of the 3 specialists, and there are 4: start 3 or 6" in message for message in messages) == 4
     assert not any("\n" in message for message in messages)
+    assert not (folder / "several-4").exists()
 
 
 @pytest.mark.parametrize(

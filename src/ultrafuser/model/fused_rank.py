@@ -21,11 +21,10 @@ from ultrafuser.model.build import assemble, fuse_models, recipe_options
 from ultrafuser.model.cache import FusedCache
 from ultrafuser.model.configuration import check_name
 from ultrafuser.model.fused import FusedForCausalLM
-from ultrafuser.model.linear_loss import linear_loss
 from ultrafuser.model.loss import LinearHead, TokenLoss
 from ultrafuser.model.outline import outline
 from ultrafuser.model.specialist import load_specialist, load_tokenizer
-from ultrafuser.model.specialist_group import SpecialistGroup
+from ultrafuser.model.specialist_group import SpecialistGroup, group_loss
 from ultrafuser.model.vocabulary import check_vocabularies, trim_vocabulary
 
 
@@ -154,45 +153,3 @@ def build_part(recipe: Recipe, loads: Sequence[str], *, tokenizer: Any) -> Fused
         **recipe_options(recipe),
     )
     return model
-
-
-def group_loss(
-    hidden: Float[Tensor, "M H"],
-    weights: Float[Tensor, "M N"],
-    labels: Int[Tensor, " M"],
-    head: LinearHead,
-    group: SpecialistGroup,
-    *,
-    vocabulary: int,
-    chunk: int = 1024,
-    details: bool = False,
-) -> TokenLoss:
-    """`fused_loss` of linear heads, called on every process of a group with the hidden states and head of its own.
-
-    Args:
-        hidden: Last hidden states of this process's specialist.
-        weights: Gate weights of all specialists, the same everywhere.
-        labels: Token that each row predicts, the same everywhere.
-        head: Of this process's specialist; whole, not a shard.
-        group: The processes.
-        vocabulary: V, rows that all heads have.
-        chunk: Tokens whose logits are held, and added over processes, at once, at most.
-        details: Also give `hit` and `specialist_nll`.
-
-    Returns:
-        The same on every process. Gradients of `hidden`, `head` and its bias are those of the whole loss; that of
-        `weights`, too, whole on every process.
-    """
-    scaled = hidden if head.scale == 1.0 else hidden * head.scale
-    bias = head.bias if head.bias is None or head.scale == 1.0 else head.bias * head.scale
-    nll, hit, own_nll = linear_loss(
-        group.own_weights(weights),
-        labels,
-        [scaled],
-        [head.weight[:vocabulary]],
-        [bias if bias is None else bias[:vocabulary]],
-        chunk=chunk,
-        details=details,
-        add_others=group.add_others,
-    )
-    return TokenLoss(nll, hit, group.gather(own_nll[:, 0])) if details else TokenLoss(nll)

@@ -7,7 +7,7 @@ heads and their gradients stay where they are.
 The loss is computed on every process but counts once. Where torch's own collectives would add up the gradients of all
 copies, these two functions give each process its part: the gradient of what it put in.
 
-Shapes: M tokens, C of them in a chunk, N specialists, V vocabulary.
+Shapes: M tokens, C of them in a chunk, N specialists, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ultrafuser.model.linear_loss import linear_loss
+from ultrafuser.model.loss import LinearHead, TokenLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,51 @@ class SpecialistGroup:
         if own.numel():
             dist.all_gather(everybody, own.detach().contiguous(), group=self.processes)
         return torch.stack(everybody, dim=-1)
+
+
+def group_loss(
+    hidden: Float[Tensor, "M H"],
+    weights: Float[Tensor, "M N"],
+    labels: Int[Tensor, " M"],
+    head: LinearHead,
+    group: SpecialistGroup,
+    *,
+    vocabulary: int,
+    chunk: int = 1024,
+    details: bool = False,
+) -> TokenLoss:
+    """`fused_loss` of linear heads, called on every process of a group with the hidden states and head of its own.
+
+    Args:
+        hidden: Last hidden states of this process's specialist.
+        weights: Gate weights of all specialists, the same everywhere.
+        labels: Token that each row predicts, the same everywhere.
+        head: Of this process's specialist; whole, not a shard.
+        group: The processes.
+        vocabulary: V, rows that all heads have.
+        chunk: Tokens whose logits are held, and added over processes, at once, at most.
+        details: Also give `hit` and `specialist_nll`.
+
+    Returns:
+        The same on every process. Gradients of `hidden`, `head` and its bias are those of the whole loss; that of
+        `weights`, too, whole on every process.
+    """
+    scaled = hidden if head.scale == 1.0 else hidden * head.scale
+    bias = head.bias if head.bias is None or head.scale == 1.0 else head.bias * head.scale
+    weight = head.weight
+    if len(weight) > vocabulary:  # cutting costs a copy of the gradient
+        weight, bias = weight[:vocabulary], bias if bias is None else bias[:vocabulary]
+    nll, hit, own_nll = linear_loss(
+        group.own_weights(weights),
+        labels,
+        [scaled],
+        [weight],
+        [bias],
+        chunk=chunk,
+        details=details,
+        add_others=group.add_others,
+    )
+    return TokenLoss(nll, hit, group.gather(own_nll[:, 0])) if details else TokenLoss(nll)
 
 
 class _GatherColumns(torch.autograd.Function):

@@ -97,15 +97,23 @@ class SpecialistParallel:
 
     def clip(self, trained: Mapping[str, nn.Parameter], max_norm: float | None) -> float:
         """Sum the gate's gradient over the rows; then over the parts of all processes, the gate counted once."""
-        gate = {name: parameter for name, parameter in trained.items() if is_gate(name)}
-        gradients = [local(parameter.grad) for parameter in gate.values() if parameter.grad is not None]
-        if gradients:
-            total = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(total, group=self.group.processes)
-            for gradient, values in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(values.view_as(gradient))
-        copies = gate.values() if self.group.index > 0 else ()
+        gate = [parameter for name, parameter in trained.items() if is_gate(name)]
+        self._sum_over_rows(gate)
+        copies = gate if self.group.index > 0 else ()
         return clip_shards(trained.values(), max_norm, add_up=self._world.add_up, copies=copies)
+
+    def _sum_over_rows(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum gradients in one exchange, where all rows hold the same parts."""
+        if not parameters:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:  # the projection of another specialist
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        total = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(total, group=self.group.processes)
+        for gradient, values in zip(gradients, torch.split(total, [g.numel() for g in gradients]), strict=True):
+            gradient.copy_(values.view_as(gradient))
 
     def add_up(self, sums: Sums, *, domains: Sequence[str], num_specialists: int) -> Sums:
         """Every column has run records of its own, and its processes found the same: the first one's count."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from ultrafuser.data.benchmarks import load_benchmarks
 from ultrafuser.data.overlap import OverlapIndex, find_overlaps
 from ultrafuser.data.records import read_records
+from ultrafuser.provenance import describe_run
 
 DATA = Path(os.environ.get("ULTRAFUSER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 FILES = ("math/gsm8k_train.jsonl.gz", "code/evol_code_gen2_2k.json.gz", "text/dolly_3k.json.gz")
@@ -32,6 +33,7 @@ def main() -> None:
     report = find_overlaps(records, index)
     done = time.perf_counter()
     numbers = {
+        "run": describe_run(),
         "num_records": len(records),
         "num_overlaps": len(report.overlaps),
         "index_s": round(indexed - start, 3),

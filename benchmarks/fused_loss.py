@@ -10,10 +10,7 @@ Example: OMP_NUM_THREADS=1 python benchmarks/fused_loss.py --json docs/results/f
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -28,6 +25,7 @@ from torch.nn import functional as F
 
 from ultrafuser.model.fusion import fuse_logits
 from ultrafuser.model.loss import LinearHead, fused_nll
+from ultrafuser.provenance import describe_run
 
 NUM_SPECIALISTS = 3
 LEAST_SAVING, MOST_SLOWDOWN = 15.0, 1.10  # what the own way must reach: memory at V = 32k, time everywhere
@@ -205,20 +203,6 @@ def show(row: dict[str, Any]) -> str:
     )
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), platform.machine())
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": f"OMP_NUM_THREADS={torch.get_num_threads()} python {' '.join(sys.argv)}",
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=None, help="write everything measured to this file")
@@ -234,7 +218,7 @@ def main() -> None:
         job = json.loads(arguments.child)
         print(json.dumps(measure_here(Case(**job["case"]), job["variant"], job["chunk"])))
         return
-    report: dict[str, Any] = {"machine": machine(), "chunk": arguments.chunk, "cases": []}
+    report: dict[str, Any] = {"run": describe_run(), "chunk": arguments.chunk, "cases": []}
     for trained in arguments.trained:
         for vocabulary, tokens in zip((32_000, 152_064), arguments.tokens, strict=True):
             for dtype in ("float32", "bfloat16"):

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ultrafuser.provenance import describe_run
 from ultrafuser.sandbox.job import humaneval_job
 from ultrafuser.sandbox.sandbox import open_sandbox
 
@@ -74,6 +75,7 @@ def main() -> None:
     start_s, sandbox_s, policy = seconds_in_sandbox(items)
     processes_s = seconds_in_processes(items)
     numbers = {
+        "run": describe_run(),
         "policy": policy,
         "num_items": len(items),
         "num_workers": NUM_WORKERS,

@@ -24,6 +24,8 @@ from typing import Any
 
 import httpx
 
+from ultrafuser.provenance import describe_run
+
 NUM_QUESTIONS = 24
 CANCELLED_SHARE = 0.3  # of requests that hang up in the middle
 GROWTH_BYTES = 200 * 2**20  # of the server's memory between the first minute and the end
@@ -194,7 +196,7 @@ def main() -> None:
     with server(options.model) as (url, pid):
         soak = Soak(url, "soak", options.max_tokens, options.seed)
         findings = soak.run(num_clients=options.clients, seconds=options.minutes * 60, pid=pid)
-    text = json.dumps(findings, indent=1)
+    text = json.dumps({"run": describe_run(), **findings}, indent=1)
     if options.json is not None:
         options.json.write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -14,13 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ import torch
 
 from ultrafuser.config.load import load_recipe
 from ultrafuser.config.recipe import Recipe
+from ultrafuser.provenance import describe_run
 
 MB = 10**6
 KINDS = {"live": "off", "first": "window", "again": "window"}
@@ -60,8 +59,7 @@ def main() -> None:
     check_equal(runs)
     result = {
         "what": options.recipe.stem if options.recipe else f"three made-up models of {options.made_up} MB",
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {options.threads} thread(s), torch {torch.__version__}",
+        "run": describe_run(),
         "settings": {"steps": recipe.stage1.steps if recipe.stage1 else 0, "precision": recipe.train.precision},
         "runs": runs,
         "again_is_faster_by": round(runs["live"]["training_s"] / runs["again"]["training_s"], 1),

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrafuser.files import write_text_atomically
+from ultrafuser.provenance import describe_run
 from ultrafuser.synthesis.asking.endpoints.client import Client
 from ultrafuser.synthesis.course import DomainPlan
 from ultrafuser.synthesis.gates.base import Gate, GateContext
@@ -180,7 +181,8 @@ def main() -> None:
     if options.one_size:
         print(json.dumps(measure_memory(options.one_size)))
         return
-    result: dict[str, Any] = {"speed": measure_speed(options.nodes, options.concurrency), "memory": []}
+    result: dict[str, Any] = {"run": describe_run(), "speed": measure_speed(options.nodes, options.concurrency)}
+    result["memory"] = []
     print(json.dumps(result["speed"]), flush=True)
     for size in [int(size) for size in options.sizes.split(",") if size]:
         command = [sys.executable, __file__, "--one-size", str(size)]

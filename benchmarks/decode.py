@@ -29,7 +29,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,7 +57,7 @@ from ultrafuser.generation import SamplingParams
 from ultrafuser.model.build import read_templates
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.fusion import fuse_logits, gate_weights
-from ultrafuser.provenance import hardware, versions
+from ultrafuser.provenance import describe_run
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("ULTRAFUSER_DATA", ROOT.parent / "shared" / "data"))
@@ -435,9 +434,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "only": options.only,
         "counted_at": counted,
-        "date": date.today().isoformat(),
-        "versions": versions(),
-        "hardware": hardware(),
+        "run": describe_run(),
         "threads": options.threads,
         "read_bandwidth_gb_per_s": 0.0 if counted else read_bandwidth(),
         "models": {},

@@ -11,10 +11,8 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,6 +23,7 @@ import torch
 
 from ultrafuser.config.load import load_recipe
 from ultrafuser.config.recipe import Recipe
+from ultrafuser.provenance import describe_run
 
 MB = 10**6
 WITHIN = 0.10
@@ -64,7 +63,7 @@ def main() -> None:
                 rows.append(row)
                 print(show(row), flush=True)
     worst = max(abs(row["error"]) for row in rows)
-    result = {"machine": machine(), "within": worst <= WITHIN, "worst": round(worst, 4), "rows": rows}
+    result = {"run": describe_run(), "within": worst <= WITHIN, "worst": round(worst, 4), "rows": rows}
     print(f"worst error {worst:.1%}: {'within' if worst <= WITHIN else 'NOT within'} {WITHIN:.0%}")
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -206,16 +205,6 @@ def show(row: dict[str, Any]) -> str:
         f"{row['case']:<20} {row['phase']:<12} estimated {row['estimated_mb']:>8,.1f} MB  measured "
         f"{row['measured_mb']:>8,.1f} MB  {row['error']:+.1%}  ({row['moment']})"
     )
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python {' '.join(sys.argv)}",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-        "torch": torch.__version__,
-    }
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +138,14 @@ def shorten(recipe: Recipe, steps: int) -> Recipe:
 
 
 def warm_up() -> None:
-    """A tiny training step: what libraries hold from their first use on belongs to no model."""
+    """Import what training imports on its way, and take a tiny step: what libraries hold belongs to no model."""
+    for module in ("torch.utils.tensorboard", "torch.utils.checkpoint", "torch._dynamo"):
+        with suppress(ImportError):
+            importlib.import_module(module)
     layer = torch.nn.Linear(64, 64)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    for dtype in (torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+    for bf16 in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             layer(torch.ones(64, 64)).sum().backward()
     optimizer.step()
 

@@ -134,10 +134,15 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     """Files with weights: of the folder, or of the folders that a gate-only model refers to."""
     config = _read_config(folder)
     if config.get("gate_only"):
-        for part in config.get("sources", []):
-            source = Path(str(part.get("model")))
+        parts = config.get("sources", [])
+        # A place that begins with ./ is in the folder itself; a base that all share is read once.
+        places = [
+            folder / place if (place := str(part.get("model"))).startswith("./") else Path(place) for part in parts
+        ]
+        for source in places[: 1 if config.get("shared_base") else None]:
             if source.is_dir():
                 yield from _weight_files(source)
+        yield from (folder / part["lora"] / "adapter_model.safetensors" for part in parts if part.get("lora"))
         yield folder / "gate.safetensors"
         return
     index = folder / "model.safetensors.index.json"

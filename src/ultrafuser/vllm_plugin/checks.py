@@ -42,6 +42,11 @@ def check_options(config: FusedConfig, *, gate_only: bool | None = None) -> None
     if config.weighting == "perplexity" or (config.granularity == "prompt" and needs_gate(config)):
         what = "weighting: perplexity" if config.weighting == "perplexity" else "granularity: prompt"
         raise ConfigError(f"{what} holds weights from the prompt, which vLLM cannot: serve it with `ultrafuser serve`")
+    if config.shared_base or any(source.get("lora") for source in config.sources):
+        raise ConfigError(
+            "the specialists have adapters, which vLLM cannot load in a fusion: write whole models first, with "
+            "`ultrafuser merge-adapters MODEL --out FOLDER`"
+        )
     several = len(running_names(config)) > 1
     if config.fusion_space == "probs" and several:
         raise ConfigError("fusion space probs is not linear in the logits: serve this model with `ultrafuser serve`")

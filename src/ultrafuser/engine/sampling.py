@@ -76,12 +76,11 @@ class Sampler:
         if not self.takes_largest:
             logits = self._penalised(logits.float(), response)
         if self.params.temperature == 0:
-            first, second = logits.topk(2).values.tolist()
-            return int(logits.argmax()), first - second
+            token, first, second = _best_two(logits)
+            return token, first - second
         scores = self._cut(logits / self.params.temperature) / self._noise(len(response), logits)
-        first, second = scores.topk(2).values.tolist()
-        margin = math.log(first / second) * self.params.temperature if second > 0 else math.inf
-        return int(scores.argmax()), margin
+        token, first, second = _best_two(scores)
+        return token, math.log(first / second) * self.params.temperature if second > 0 else math.inf
 
     def probabilities(self, logits: Float[Tensor, " V"], response: Sequence[int]) -> Float[Tensor, " V"]:
         """What `pick` draws from when the temperature is not 0."""
@@ -135,6 +134,13 @@ def mix(seed: int, number: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return (z ^ (z >> 31)) >> 1
+
+
+def _best_two(scores: Float[Tensor, " V"]) -> tuple[int, float, float]:
+    """The best token, its score and the next best one's; several times as fast as `topk` here."""
+    token = int(scores.argmax())
+    rest = [part.max() for part in (scores[:token], scores[token + 1 :]) if len(part)]
+    return token, float(scores[token]), max(map(float, rest))
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:

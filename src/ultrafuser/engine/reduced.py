@@ -136,7 +136,7 @@ def is_int4_fast() -> bool:
 def is_half_as_fast() -> bool:
     """Whether a row in half takes hardly longer than in int4, as on AVX2, where int4 spends on unpacking what it saves.
 
-    Guesses in half are then better: measured, one in twenty-five was wrong where one in ten was in int4 (`docs/results.md`).
+    Guesses in half are then better: measured, one in twenty-five was wrong, of int4 one in ten (`docs/results.md`).
     """
     has_kernels = "fbgemm" in torch.backends.quantized.supported_engines
     return has_kernels and torch.backends.cpu.get_cpu_capability() == "AVX2"

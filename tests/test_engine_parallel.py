@@ -1,6 +1,6 @@
 """A process for each specialist: the answers of one process, one sum a token, and one clear error when a rank is lost.
 
-Two launches of three processes play everything (parallel_ranks.py); the same plays in this process say what is right.
+Two launches of three processes play everything (engine_ranks.py); the same plays in this process say what is right.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from engine_helpers import assert_answers, greedy, run
 from helpers import PAPER_TEMPLATES, make_fused, make_mixed, make_model, make_tokenizer, make_trio, save_specialist
-from parallel_ranks import MIX, OPTIONS, PLAYS
+from engine_ranks import MIX, OPTIONS, PLAYS
 from ultrafuser.engine.engine import EngineOptions
 from ultrafuser.engine.load import load_engine
 from ultrafuser.engine.parallel import close_ranks, run_rank
@@ -92,7 +92,7 @@ def start(folder: Path, models: Path, jobs: tuple[str, ...]) -> tuple[Path, list
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": str(NUM_RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, str(Path(__file__).with_name("parallel_ranks.py")), str(folder), *jobs]
+    command = [sys.executable, str(Path(__file__).with_name("engine_ranks.py")), str(folder), *jobs]
     processes = []
     for rank in range(NUM_RANKS):
         environment = {**os.environ, **shared, "RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}

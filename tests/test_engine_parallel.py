@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from engine_helpers import assert_answers, greedy, run
-from helpers import PAPER_TEMPLATES, make_fused, make_mixed, make_model, make_tokenizer, make_trio, save_specialist
 from engine_ranks import MIX, OPTIONS, PLAYS
+from helpers import PAPER_TEMPLATES, make_fused, make_mixed, make_model, make_tokenizer, make_trio, save_specialist
 from ultrafuser.engine.engine import EngineOptions
 from ultrafuser.engine.load import load_engine
 from ultrafuser.engine.parallel import close_ranks, run_rank

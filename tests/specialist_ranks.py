@@ -1,12 +1,13 @@
 """Trains in a group of processes for each specialist, for test_training_specialist.py.
 
-python tests/specialist_ranks.py FOLDER 3 6 recipe:3 imports once and forks as many processes as a number says: for the
-phases below, or for the recipe of the folder.
+python tests/specialist_ranks.py FOLDER 3 6 recipe:3 bench:3 imports once and forks as many processes as a number says:
+for the phases below, for the recipe of the folder, for a step of the benchmark.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import socket
@@ -145,9 +146,28 @@ def run_recipe(folder: Path, size: str) -> dict[str, Any]:
     return {"refused": None}
 
 
+def load_benchmark() -> Any:
+    """benchmarks/parallel.py as a module."""
+    path = Path(__file__).parent.parent / "benchmarks" / "parallel.py"
+    spec = importlib.util.spec_from_file_location("parallel_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_benchmark() -> dict[str, Any]:
+    """One step by both modes; every size can be cut in three."""
+    benchmark = load_benchmark()
+    options = benchmark.Options(hidden_size=48, layers=2, vocabulary=96, rows=3, columns=16, steps=1)
+    with begin_world("cpu", timeout_s=120) as world:
+        return {mode: benchmark.measure(mode, world, options) for mode in ("fsdp", "specialist")}
+
+
 def run_ranks(folder: Path, job: str) -> bool:
     """Fork the processes of one run; whether all ended well."""
-    size = int(job.removeprefix("recipe:"))
+    size = int(job.split(":")[-1])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -167,6 +187,8 @@ def _run_child(folder: Path, job: str, rank: int) -> None:
     try:
         if job.startswith("recipe:"):
             found = run_recipe(folder, job.removeprefix("recipe:"))
+        elif job.startswith("bench:"):
+            found = run_benchmark()
         else:
             with begin_world("cpu", timeout_s=120) as world:
                 found = {"compare": compare(world)} if world.size == len(NAMES) else {}

@@ -24,7 +24,7 @@ from ultrafuser.train.parallel.check import check_specialist_mode
 from ultrafuser.train.pipeline import train
 
 SIZES = (3, 6)
-JOBS = (*map(str, SIZES), "recipe:4", "recipe:3")
+JOBS = (*map(str, SIZES), "recipe:4", "recipe:3", "bench:3")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def found(folder: Path, job: str) -> list[dict[str, Any]]:
     """What each process said."""
-    size = int(job.removeprefix("recipe:"))
+    size = int(job.split(":")[-1])
     return [json.loads((folder / f"found-{job}-{rank}.json").read_text()) for rank in range(size)]
 
 
@@ -133,6 +133,14 @@ def test_a_number_of_processes_that_does_not_fit_is_refused_by_all_in_one_line(f
     assert not (folder / "several-4").exists()
 
 
+def test_what_collectives_are_handed_is_what_the_arithmetic_of_the_benchmark_says(folder: Path):
+    for said in found(folder, "bench:3"):
+        for mode in ("fsdp", "specialist"):
+            assert said[mode]["counted_bytes"] == pytest.approx(said[mode]["paper"]["total"], rel=0.02)
+        assert said["specialist"]["losses"] == pytest.approx(said["fsdp"]["losses"], rel=1e-5)
+        assert said["specialist"]["counted_bytes"] < said["fsdp"]["counted_bytes"]
+
+
 @pytest.mark.parametrize(
     ("settings", "num_processes", "problem"),
     [
@@ -142,6 +150,7 @@ def test_a_number_of_processes_that_does_not_fit_is_refused_by_all_in_one_line(f
         (["fusion.space=probs"], 3, "cannot go with fusion.space: probs"),
         (["train.stage1_cache.mode=window"], 3, "cannot go with train.stage1_cache.mode: window"),
         (["train.loss_backend=torch"], 3, "cannot go with train.loss_backend: torch"),
+        (["stage2.lora.rank=4"], 3, "cannot go with stage2.lora: "),
         (["train.parallel.cpu_offload=true"], 3, "cannot go with train.parallel.cpu_offload: True"),
     ],
 )

@@ -44,6 +44,9 @@ def check_specialist_mode(recipe: Recipe, *, num_processes: int) -> None:
     ):
         if value != fits:
             raise ConfigError(f"{mode} cannot go with {setting}: {value}, since {why}: set one of them otherwise")
+    for stage, settings in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
+        if settings is not None and settings.lora is not None:
+            raise ConfigError(f"{mode} cannot go with {stage}.lora: adapters are trained in mode: fsdp")
     _check_specialists(recipe, mode)
 
 

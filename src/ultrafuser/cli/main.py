@@ -24,6 +24,7 @@ from ultrafuser.cli import (
     doctor,
     evaluate,
     export,
+    extract_adapters,
     inspect,
     prepare,
     serve,
@@ -59,6 +60,8 @@ app.command()(evaluate.evaluate)
 app.command()(chat.chat)
 app.command()(serve.serve)
 app.command()(export.export)
+app.command()(extract_adapters.extract_adapters)
+app.command()(extract_adapters.merge_adapters)
 app.command()(bench.bench)
 app.command()(demo.demo)
 app.command()(compare.compare)

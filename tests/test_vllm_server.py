@@ -8,16 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from typer.testing import CliRunner
 
 from helpers import PAPER_TEMPLATES, make_tokenizer
 from ultrafuser.chat.messages import Message
+from ultrafuser.cli.main import app
+from ultrafuser.data.records import read_records
 from ultrafuser.evaluation.run import EvaluationOptions, evaluate_models
 from ultrafuser.export.shared import save_shared, shared_template
 from ultrafuser.generation import SamplingParams
 from ultrafuser.model.generator import FusedGenerator
 from ultrafuser.synthesis.asking.endpoints.client import Client
+from ultrafuser.synthesis.domain import SHARED
+from ultrafuser.synthesis.load import load_synthesis
 from ultrafuser.synthesis.node import Answer, ChatMessage, Request
 from ultrafuser.synthesis.recipe import EndpointConfig
+from ultrafuser.synthesis.storage.store import Store
 from vllm_helpers import SMALL, asking, install, make_servable
 
 openai: Any = pytest.importorskip("openai", reason="the client of OpenAI comes with the extra 'synthesis'")
@@ -139,6 +146,73 @@ def test_synthesis_asks_the_server(served: Served):
     assert isinstance(answer, Answer)
     assert answer.text == answer_of(served, "hi").replace("\0", "")  # which no database stores
     assert not answer.is_estimated
+
+
+def metric(served: Served, name: str) -> float:
+    """A counter of the server, over all its labels."""
+    text = openai.DefaultHttpxClient().get(served.url.removesuffix("/v1") + "/metrics").text
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+
+def write_synthesis(folder: Path, url: str) -> Path:
+    """A recipe for a model that writes nonsense: short prompts, no gates, and a bias towards short words in JSON."""
+    prompts = {
+        "meta_topics": "{{count}} areas. {{avoid}} {{format}}",
+        "sub_topics": "{{topic}}: {{count}} topics. {{avoid}} {{format}}",
+        "instructions": "{{topic}}: {{count}} tasks. {{avoid}} {{format}}",
+        "responses": "Answer.",
+    }
+    domain = folder / "tiny"
+    domain.mkdir()
+    for name, text in prompts.items():
+        (domain / f"{name}.md").write_text(text + "\n")
+    defaults = yaml.safe_load((SHARED / "defaults.yaml").read_text())
+    settings: dict[str, Any] = {"title": "x", "about": "x", "meta_topics": 1, "sub_topics": 2, "records": 4}
+    settings |= {"margin": 1.0, "complicated": 0.0, "shares": {"instructions": 1.0, "strong": 0.0, "weak": 0.0}}
+    settings |= {"max_avoid": 2, "max_avoid_characters": 20, "per_request": {"meta_topics": 1, "sub_topics": 2}}
+    settings["gates"] = {stage: dict.fromkeys(gates) for stage, gates in defaults["gates"].items()}
+    (domain / "domain.yaml").write_text(yaml.safe_dump(settings))
+    ids = make_tokenizer().convert_tokens_to_ids
+    bias = {str(ids(letter)): 8 for letter in "abcdefgh"} | {str(ids('"')): 9}
+    tree = {
+        "name": "tiny",
+        "folder": str(folder / "run"),
+        "endpoints": {"vllm": {"url": url, "model": "tiny", "extra_body": {"logit_bias": bias}}},
+        "stages": {"default": {"max_tokens": 220}, "responses": {"max_tokens": 8}},
+        "domains": {"tiny": {"folder": str(domain)}},
+        "export": {"validation_fraction": 0.5},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "tiny.yaml"
+
+
+def test_a_whole_synthesis_runs_against_the_server(served: Served, tmp_path: Path):
+    """Plan, ask with a JSON schema, read, answer, export; what the server counted is what was counted here."""
+    recipe = write_synthesis(tmp_path, served.url)
+
+    def command(*arguments: str | Path) -> str:
+        result = CliRunner().invoke(app, ["synthesize", *map(str, arguments)], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    counters = ("vllm:request_success_total", "vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+    before = [metric(served, name) for name in counters]
+    assert "tiny: 4 answers kept" in command(recipe)
+    used = [metric(served, name) - start for name, start in zip(counters, before, strict=True)]
+
+    with Store.open(load_synthesis(recipe), read_only=True) as store:
+        spent, progress = store.spent(), store.progress()
+    assert {stage.stage for stage in progress} == {"meta_topics", "sub_topics", "instructions", "responses"}
+    assert sum(stage.nodes["answered"] for stage in progress) == used[0]
+    assert (spent.prompt_tokens, spent.completion_tokens) == (used[1], used[2])
+
+    assert "0 requests in" in command("run", recipe)
+    assert metric(served, counters[0]) == before[0] + used[0]
+    command("export", recipe, "--to", tmp_path / "set")
+    files = sorted((tmp_path / "set" / "data").glob("*.jsonl"))
+    records = [record for file in files for record in read_records(file, domain_field="domain")]
+    assert len(records) == 4
+    assert all(record.messages[-1].content for record in records)
 
 
 def test_the_question_is_what_the_specialists_read(served: Served):

@@ -50,7 +50,7 @@ def save_gate_only(folder: Path) -> Path:
     return save(fused, folder / "gate", gate_only=True)
 
 
-def save_mixed(folder: Path) -> Path:
+def save_mixed(folder: Path, **options: Any) -> Path:
     """Two architectures and two hidden sizes, so that the gate projects; one scales its logits."""
     parts = {
         "text": make_model("llama", seed=0, hidden_size=HIDDEN, num_key_value_heads=2),
@@ -59,7 +59,7 @@ def save_mixed(folder: Path) -> Path:
     }
     for model in parts.values():
         scale_down(model)
-    return save(make_servable_from(parts), folder)
+    return save(make_servable_from(parts, **options), folder)
 
 
 def make_servable_from(parts: dict[str, Any], **options: Any) -> FusedForCausalLM:

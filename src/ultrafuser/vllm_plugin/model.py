@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -27,6 +28,8 @@ from ultrafuser.errors import ModelError
 from ultrafuser.model.configuration import FusedConfig
 from ultrafuser.model.fusion import gate_weights, uniform_scores
 from ultrafuser.model.gate import Gate
+from ultrafuser.vllm_plugin.own_prompts import OwnStep, Share
+from ultrafuser.vllm_plugin.settings import wants_own_prompts
 from ultrafuser.vllm_plugin.weights import GATE, SPECIALISTS, deal, needs_gate, running_names
 
 
@@ -70,6 +73,20 @@ class FusedForVllm(nn.Module):
             for source in (config.sources if config.gate_only else ())
             if source["name"] in self.names
         ]
+        self._first_runner: Any = None
+        if wants_own_prompts(vllm_config):
+            self._read_own_prompts(vllm_config)
+
+    def _read_own_prompts(self, vllm_config: VllmConfig) -> None:
+        """Let each specialist read its own prompt, by the means that the model runner has."""
+        if vllm_config.use_v2_model_runner:
+            from ultrafuser.vllm_plugin.model_state import OwnPromptsState
+
+            self.get_model_state_cls = lambda: OwnPromptsState  # where it is missing, vLLM takes its own
+        else:
+            from ultrafuser.vllm_plugin.first_runner import FirstRunner
+
+            self._first_runner = FirstRunner(self.names, vllm_config)
 
     def _part(self, name: str) -> Any:
         return self.specialists[name]
@@ -85,14 +102,26 @@ class FusedForVllm(nn.Module):
         positions: Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
+        own: OwnStep | None = None,
         **_: Any,
     ) -> Tensor:
-        """Weighted last hidden states side by side, [T, sum of H]."""
+        """Weighted last hidden states side by side, [T, sum of H].
+
+        Args:
+            own: What each specialist reads instead of ids and positions, in a step with own prompts.
+        """
         del intermediate_tensors
         assert inputs_embeds is None, "settings.py refuses prompt embeddings"
+        if self._first_runner is not None:
+            own = self._first_runner.step(input_ids, positions)
+        if own is not None:
+            get_forward_context().slot_mapping.update(own.slots)
         fused: Tensor | None = None
-        for name, (start, stop) in zip(self.names, self.bounds, strict=True):
-            hidden = self.specialists[name](input_ids, positions, None, None)
+        for j, (name, (start, stop)) in enumerate(zip(self.names, self.bounds, strict=True)):
+            if own is None:
+                hidden = self.specialists[name](input_ids, positions, None, None)
+            else:
+                hidden = self._own_hidden(name, own.shares[j], stop - start)
             if fused is None:
                 fused = hidden.new_empty((hidden.shape[0], self.bounds[-1][1]))
             # Copied before the next one runs: captured graphs share memory, where it would be overwritten.
@@ -103,6 +132,14 @@ class FusedForVllm(nn.Module):
         for j, hidden in enumerate(hiddens):
             hidden.copy_(hidden.float() * (weights[:, j, None] * self.scales[j]))
         return fused
+
+    def _own_hidden(self, name: str, share: Share, size: int) -> Tensor:
+        """Last hidden states [T, H] of a specialist that reads a share of the step."""
+        if not share.num_tokens:
+            nothing: Tensor = self.lm_head.weight.new_zeros((len(share.place), size))
+            return nothing
+        hidden: Tensor = self.specialists[name](share.input_ids, share.positions, None, None)
+        return share.spread(hidden)
 
     def _weights(self, hiddens: list[Tensor]) -> Tensor:
         """[T, N], fp32: in bf16 near-ties between specialists flip."""

@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import save_file
 
 from training_helpers import damage_writing, make_fused, make_phase
-from ultrafuser.config.training import ParallelConfig
+from ultrafuser.config.training import LoraConfig, ParallelConfig
+from ultrafuser.train.adapters import give_adapters
 from ultrafuser.train.loop import Loop
 from ultrafuser.train.parallel.fsdp import FullyShard
 from ultrafuser.train.parallel.shards import whole
@@ -99,6 +100,8 @@ def run_phases(folder: Path, runs: Mapping[str, Mapping[str, Any]], **_: Any) ->
             if run.get("untied"):
                 untie(model)
             model.to(getattr(torch, run.get("dtype", "float32")))
+            if run.get("lora"):
+                give_adapters(model, LoraConfig(rank=2), seed=0)
             phase = make_phase(folder / name, model=model, name=name, stage=run.get("stage", {}), train=train)
             strategy = strategy_of(world, run.get("parallel", {}), bf16=train.get("precision") == "bf16")
             with world.in_turn():

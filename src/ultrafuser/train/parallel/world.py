@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -194,7 +195,8 @@ def begin_world(device: str | None = None, *, timeout_s: float = 1800.0) -> Iter
         lost.is_told = not _is_first_to_tell()
         raise lost from error
     finally:
-        if ours:
+        # After a fault NCCL may wait for ever for what is under way; the process ends anyhow.
+        if ours and (here.type != "cuda" or sys.exception() is None):
             dist.destroy_process_group()
 
 

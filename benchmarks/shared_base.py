@@ -19,7 +19,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.lora import Adapter, lora_layers
 from ultrafuser.model.shared_base import share_base
 from ultrafuser.model.specialist import load_specialist, load_tokenizer
-from ultrafuser.provenance import hardware, versions
+from ultrafuser.provenance import describe_run
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGETS = {"decoding": 1.35, "weights": 1.15}  # of one model's, in bf16
@@ -111,7 +110,7 @@ def measure(engines: Mapping[str, Engine], *, length: int, num_tokens: int) -> d
         generator = torch.Generator().manual_seed(1)
         # Prompts differ in length, as those of different templates do.
         rows = tuple(
-            tuple(torch.randint(20, 1000, (length + 3 * j,), generator=generator).tolist())
+            tuple(torch.randint(5, 200, (length + 3 * j,), generator=generator).tolist())
             for j in range(len(engine.names))
         )
         engine.add(GenerationRequest(rows, SamplingParams(max_tokens=num_tokens + 2, ignore_end=True)), lambda _: None)
@@ -193,10 +192,8 @@ def main() -> None:
             print(f"{what}: {found[what]:.3f} of one model; at most {target} is the aim")
     if options.json is not None:
         report = {
-            "date": date.today().isoformat(),
+            "run": describe_run(),
             "options": {key: str(value) for key, value in vars(options).items()},
-            "hardware": hardware(),
-            "versions": versions(),
             "targets": TARGETS,
             "results": results,
         }

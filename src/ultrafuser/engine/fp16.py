@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ultrafuser.errors import ConfigError
+from ultrafuser.model.device import multiplies_bf16
 
 _NEAR_THE_END = 15  # the largest weight becomes 2^14 at least and less than 2^15
 
@@ -83,8 +84,12 @@ def has_fbgemm() -> bool:
 
 
 def keeps_values(weight: Tensor) -> bool:
-    """Whether a weight's values can all be those of a scaled `Fp16Matrix`, on this machine."""
-    return weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cpu" and has_fbgemm()
+    """Whether a weight's values can all be those of a scaled `Fp16Matrix`, and that is the better way to multiply here.
+
+    Where the processor has instructions for bf16, products of bf16 are left to oneDNN.
+    """
+    wanted = weight.dtype == torch.float16 or (weight.dtype == torch.bfloat16 and not multiplies_bf16(weight.device))
+    return wanted and weight.device.type == "cpu" and has_fbgemm()
 
 
 @cache

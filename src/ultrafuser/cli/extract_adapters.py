@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 def extract_adapters(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the model all were made from.")],
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="A fused model, or fine-tunes as NAME=FOLDER.")
-    ],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="A fused model, or fine-tunes as NAME=FOLDER.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write; replaced if it exists.")],
     energy: Annotated[
         float, typer.Option(help="Keep this part of the differences' energy, as far as --share allows.")

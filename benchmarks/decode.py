@@ -11,8 +11,8 @@ Alternatives, each measured on the same prompts, to the same number of tokens, i
   no cache       the same, every token from the whole text again (as MoCo does)
 The engine runs one specialist, then 2, 3 and, with the first one once more, 4; stacked and one after another; with
 exact and with reduced weights; plain and with drafts, on text, code and math prompts, greedy and sampled. What is
-learnt about drafts is kept from prompt to prompt and from domain to domain, as in a server; each set of kinds has its
-own.
+learnt about drafts is kept from prompt to prompt and from domain to domain, as in a server that has answered a prompt
+of each domain before; each set of kinds has its own.
 
 `--count PASS,TOKEN` takes no times: a pass of two to nine rows is said to cost PASS passes of one row and a drafted
 token TOKEN, decisions follow from that, and the speed-up is counted. So it is the same however busy the machine is.
@@ -194,7 +194,10 @@ class Bench:
         self.draft_tokens = 32 if quick else 64
         self.tokenizer = AutoTokenizer.from_pretrained(place)
         self.whole: FusedForCausalLM = FusedForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
-        self.prompts = read_prompts(place, 2 if quick else 3)
+        num_each = 2 if quick else 3
+        self.prompts = read_prompts(place, num_each)
+        # What was asked before drafts are measured: none of the prompts above.
+        self.first_prompts = [texts[-1] for texts in read_prompts(place, num_each + 4).values()]
         self.seeds = tuple(range(num_seeds or (1 if quick else 2)))
         self.kinds = tuple(kinds)
         self.draft_weights = draft_weights
@@ -315,6 +318,8 @@ class Bench:
         engine = self.engine(names, **{"drafts": ("lookup", "self"), "draft_weights": self.draft_weights, **options})
         print(f"  drafts in {engine.runner.draft_form}")
         planners = {kinds: engine.make_planner(kinds, 1) for kinds in ((), *self.kinds)}
+        for kinds in self.kinds:
+            self.warm_up(engine, planners[kinds])
         for domain, texts in self.prompts.items():
             prompts = self.rows(engine, texts)
             for temperature in (0.0, 0.7):
@@ -334,11 +339,22 @@ class Bench:
                     ratio = statistics.median(speeds[kinds]) / statistics.median(speeds[()])
                     self.ratios[f"{domain}, T={temperature:g}, {form}: {'+'.join(kinds)} / plain"] = ratio
 
+    def warm_up(self, engine: Engine, planner: Planner) -> None:
+        """Let it answer one other prompt of each domain, greedy and sampled; it then knows what passes cost."""
+        engine.planner = planner
+        for temperature in (0.0, 0.7):
+            params = SamplingParams(temperature=temperature, seed=99)
+            prompts = self.rows(engine, self.first_prompts)
+            time_decoding(engine, prompts, name="", batch=1, max_tokens=self.draft_tokens // 2, params=params)
+
     def count(self, names: Sequence[str], of_block: float, of_token: float) -> None:
         """What drafts on each domain would give at such costs."""
         engine = self.engine(names, drafts=("lookup", "self"), draft_weights=self.draft_weights)
         print(f"  drafts in {engine.runner.draft_form}")
         planners = {kinds: engine.make_planner(kinds, 1) for kinds in self.kinds}
+        for planner in planners.values():
+            planner.costs = CountedCosts(of_block, of_token)
+            self.warm_up(engine, planner)
         for domain, texts in self.prompts.items():
             prompts = self.rows(engine, texts)
             for temperature in (0.0, 0.7):

@@ -117,3 +117,18 @@ def micro_batches(records: Sequence[EncodedRecord], *, max_columns: int) -> Iter
         piece.append(record)
     if piece:
         yield piece
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Encoded records to arguments of `FusedForCausalLM.forward`: the `data_collator` of `transformers.Trainer`.
+
+    Attributes:
+        pad_id: Of the tokenizer.
+    """
+
+    pad_id: int
+
+    def __call__(self, records: Sequence[EncodedRecord]) -> dict[str, Tensor]:
+        """Tensors of one batch; see `Batch`."""
+        return collate(records, pad_id=self.pad_id).tensors()

@@ -313,7 +313,7 @@ def run_processes(size: int, modes: Sequence[str], options: Options) -> list[dic
 def _run_child(file: Path, modes: Sequence[str], options: Options) -> None:
     """A forked process ends here, and not in what its parent would do next."""
     try:
-        with begin_world("cpu", timeout_s=300) as world:
+        with begin_world("cpu", timeout_s=300.0) as world:
             found = {mode: measure(mode, world, options) for mode in modes}
         file.write_text(json.dumps(found), encoding="utf-8")
     except BaseException:

@@ -161,7 +161,7 @@ def run_benchmark() -> dict[str, Any]:
     """One step by both modes; every size can be cut in three."""
     benchmark = load_benchmark()
     options = benchmark.Options(hidden_size=48, layers=2, vocabulary=96, rows=3, columns=16, steps=1)
-    with begin_world("cpu", timeout_s=120) as world:
+    with begin_world("cpu", timeout_s=120.0) as world:
         return {mode: benchmark.measure(mode, world, options) for mode in ("fsdp", "specialist")}
 
 
@@ -190,7 +190,7 @@ def _run_child(folder: Path, job: str, rank: int) -> None:
         elif job.startswith("bench:"):
             found = run_benchmark()
         else:
-            with begin_world("cpu", timeout_s=120) as world:
+            with begin_world("cpu", timeout_s=120.0) as world:
                 found = {"compare": compare(world)} if world.size == len(NAMES) else {}
                 found |= train(folder / job, world)
         (folder / f"found-{job}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")

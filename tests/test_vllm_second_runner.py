@@ -1,4 +1,4 @@
-"""Own prompts by the hook that is for them, in vLLM's second model runner, with Triton's interpreter for its kernels."""
+"""Own prompts by the hook made for them, in vLLM's second model runner, its Triton kernels interpreted."""
 
 import json
 import subprocess

@@ -254,7 +254,7 @@ def _shared_models(
     if not places:
         check_shared(specialists)
         return dict(specialists)
-    base, models = load_shared(find_base(places), dtype=dtype, adapter_dtype=dtype)
+    base, models = load_shared(find_base(places), dtype=dtype)
     check_backbone(base, "base")
     return models
 

@@ -19,7 +19,8 @@ PYTHON=$python scripts/vllm_env.sh ||
     echo "The environment of vLLM could not be built: the tests that need it will be skipped." >&2
 
 step tests
-"$python" -m pytest
+# Every test computes on one thread, so there is a process for each core; a file's tests stay in one, for what they share.
+"$python" -m pytest --numprocesses "${TEST_PROCESSES:-auto}" --dist loadfile --no-loadscope-reorder
 
 # Both ends of the supported range: the newest is in .venv, the oldest is laid over it from a folder that all clones share.
 oldest=$(sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
@@ -40,4 +41,4 @@ step "model tests on transformers $oldest"
 shopt -s nullglob
 tests=(tests/test_model*.py tests/test_generate*.py tests/test_checkpoint*.py)
 ((${#tests[@]})) || { echo "no model tests found" >&2; exit 1; }
-ULTRAFUSER_EXPECT_TRANSFORMERS=$oldest PYTHONPATH=$overlay "$python" -m pytest -m "not slow" -p no:cacheprovider "${tests[@]}"
+ULTRAFUSER_EXPECT_TRANSFORMERS=$oldest PYTHONPATH=$overlay "$python" -m pytest --numprocesses "${TEST_PROCESSES:-auto}" -m "not slow" -p no:cacheprovider "${tests[@]}"

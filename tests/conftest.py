@@ -19,6 +19,25 @@ jaxtyping.install_import_hook("ultrafuser", "typechecker.check_calls")
 torch.set_num_threads(1)
 
 
+# Files that take a minute and more. They come first, so that no process is left with one of them while others idle.
+LONGEST = (
+    "test_vllm_",
+    "test_training_parallel",
+    "test_training_specialist",
+    "test_synthesis_kill",
+    "test_server_soak",
+    "test_sandbox_attacks",
+    "test_demo_run",
+    "test_page_browser",
+    "test_compare",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, else in the order of their names."""
+    items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
+
+
 def pytest_report_header() -> str:
     """Says which versions were tested; fails when the oldest transformers was asked for and another one loaded."""
     expected = os.environ.get("ULTRAFUSER_EXPECT_TRANSFORMERS", "")

@@ -199,7 +199,7 @@ def use_templates(fused: FusedForCausalLM, templates: Sequence[Template], tokeni
 
 
 def assemble(
-    cls: type[FusedForCausalLM], config: FusedConfig, models: Mapping[str, PreTrainedModel], seed: int
+    cls: type[FusedForCausalLM], config: FusedConfig, models: Mapping[str, torch.nn.Module], seed: int
 ) -> FusedForCausalLM:
     """Build the shell without memory for the specialists, put the models in, and draw the gate from `seed`."""
     with torch.device("meta"):

@@ -22,6 +22,7 @@ from engine_helpers import (
     run,
 )
 from helpers import VOCAB_SIZE, make_fused, make_model
+from ultrafuser.engine import low_rank
 from ultrafuser.engine.backbones import ModelBackbone
 from ultrafuser.engine.engine import EngineOptions
 from ultrafuser.engine.fp16 import Fp16Matrix, keeps_values
@@ -298,7 +299,9 @@ def test_16_bit_weights_lose_nothing_in_a_scaled_fp16_matrix(dtype: torch.dtype)
 
 
 @torch.no_grad()
-def test_exact_16_bit_specialists_compute_what_the_same_values_in_fp32_do():
+@pytest.mark.parametrize("apart", [False, True])
+def test_exact_16_bit_specialists_compute_what_the_same_values_in_fp32_do(apart: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(low_rank, "_A_CALL", -1 if apart else 2**16)
     rounded = make_shared(make_adapters())
     for parameter in rounded.specialists.parameters():
         parameter.data = parameter.data.bfloat16()
@@ -311,7 +314,9 @@ def test_exact_16_bit_specialists_compute_what_the_same_values_in_fp32_do():
 
     engine = make_engine(rounded)
 
-    assert engine.runner.groups[0].backbone.compute_dtype == torch.float32
+    stack = engine.runner.groups[0].backbone
+    assert stack.compute_dtype == torch.float32
+    assert [len(products[0].matrices) for products in (stack.qkv, stack.gate_up)] == ([3, 2] if apart else [1, 1])
     assert_answers(merged(wide), request, run(engine, request)[0])
 
 

@@ -24,7 +24,7 @@ from ultrafuser.engine.reduced import joined
 from ultrafuser.engine.weights import AnyFormat
 
 _NAME = "default"  # of the adapter in each specialist
-_FULL = 0.4  # of the entries of all B in one matrix that must be no zeros
+_A_CALL = 2**16  # zeros that take about as long to read as one product more to call
 
 
 class Ranks(NamedTuple):
@@ -144,7 +144,8 @@ class JoinedFp16:
         ups = weight.new_zeros((len(weight), ranks.factors.shape[1]))
         for outputs, columns, linears in ranks.ups:
             ups[outputs, columns] = torch.cat([linear.weight.detach().float() for linear in linears], dim=1)
-        apart = len(ranks.ups) == len(bases) and ups.count_nonzero() < _FULL * ups.numel()
+        zeros = ups.numel() - sum(linear.weight.numel() for _, _, linears in ranks.ups for linear in linears)
+        apart = len(ranks.ups) == len(bases) and zeros > _A_CALL * (len(bases) - 1)
         cuts = [(o, r) for o, r, _ in ranks.ups] if apart else [(slice(None), slice(None))]
         self.matrices = [
             (

@@ -6,10 +6,9 @@ torch's own linear layer does not: it reads with one thread when rows are few, a
 `ExactProduct` cuts a product into one part per thread (a batched product over a view of the model's weights) and puts
 up to four rows on the right of the weight, where the library has kernels for narrow matrices. `PackedProduct` (fp32 on
 x86) does that for one row; for more it has a copy of the weights as oneDNN's kernels like them: two to six rows then
-cost the same, some 1.6 times one. Where a CPU has no instructions for bf16, weights in 16 bits are copied to fp16 without
-loss (`fp16.py`) and multiplied in
-fp32, which is faster there and rounds less. All these are fixed rules and not measurements, so that a
-model's answers do not depend on what else the machine did at start.
+cost the same, some 1.6 times one. Where a CPU has no instructions for bf16, weights in 16 bits are copied to fp16
+without loss (`fp16.py`) and multiplied in fp32, which is faster there and rounds less. All these are fixed rules and
+not measurements, so that a model's answers do not depend on what else the machine did at start.
 
 Shapes: G specialists, M rows, I inputs, O outputs.
 """

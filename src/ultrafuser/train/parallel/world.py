@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +28,7 @@ from ultrafuser.model.device import choose_device
 _PATIENCE = timedelta(days=1)
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _TOLD = "ultrafuser/told"
+_LINGER_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,9 +264,16 @@ def _join(device: torch.device, timeout_s: float, size: int) -> None:
 
 
 def _is_first_to_tell() -> bool:
-    """Whether no other process has told an error; True, too, where nobody can be asked."""
+    """Whether no other process has told an error; True, too, where nobody can be asked.
+
+    The first process may keep the account of it (under torchrun its agent does), so it waits for the others to ask.
+    """
     try:
         store = dist.distributed_c10d._get_default_store()
-        return bool(store.add(_TOLD, 1) == 1)
-    except (RuntimeError, ValueError):  # the process that kept the store is gone
+        is_first = bool(store.add(_TOLD, 1) == 1)
+        deadline = time.monotonic() + _LINGER_S
+        while dist.get_rank() == 0 and store.add(_TOLD, 0) < dist.get_world_size() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    except (RuntimeError, ValueError):  # the process that kept it is gone
         return True
+    return is_first

@@ -62,9 +62,9 @@ def vllm_request(encoder: Encoder, conversation: Conversation) -> dict[str, Any]
         DataError: It does not end with a user message.
         TemplateError: A template cannot write it.
     """
-    prompts = encoder.encode_prompt(conversation)
+    prompts = [list(row) for row in encoder.encode_prompt(conversation)]
     return {
-        "prompt": list(max(prompts, key=lambda row: len(row))),
+        "prompt": max(prompts, key=len),
         "extra_body": {"vllm_xargs": write_prompts(prompts)},
     }
 

@@ -7,12 +7,13 @@ Shapes: G models, B texts, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ultrafuser.engine.backbones import Backbone
@@ -34,7 +35,7 @@ class Proof:
         expected: Logits [T, V] of every model and text.
         kinds: Of the models.
         names: Theirs.
-        dtype: Of their weights.
+        dtype: In which they computed.
     """
 
     ids: Int[Tensor, "G B T"]
@@ -46,8 +47,17 @@ class Proof:
 
 
 @torch.no_grad()
-def ask_models(models: Sequence[PreTrainedModel], names: Sequence[str], *, num_slots: int, length: int) -> Proof:
+def ask_models(
+    models: Sequence[PreTrainedModel], names: Sequence[str], *, num_slots: int, length: int, in_fp32: bool = False
+) -> Proof:
     """Let models read what a backbone over slots of this length will be compared on.
+
+    Args:
+        models: Those that it runs.
+        names: Theirs.
+        num_slots: Of the cache.
+        length: Of a slot.
+        in_fp32: Compute in fp32 whatever the weights are, as the backbone will: 16 bits round by more than a mistake.
 
     Raises:
         ModelError: The context is too small.
@@ -61,9 +71,11 @@ def ask_models(models: Sequence[PreTrainedModel], names: Sequence[str], *, num_s
     vocab = min(model.get_output_embeddings().weight.shape[0] for model in models)
     ids = torch.randint(0, vocab, (len(models), len(lengths), longest), generator=generator).to(models[0].device)
     expected = [
-        [_own_logits(model, ids[j, row, :n]) for row, n in enumerate(lengths)] for j, model in enumerate(models)
+        [_own_logits(model, ids[j, row, :n], in_fp32) for row, n in enumerate(lengths)]
+        for j, model in enumerate(models)
     ]
-    return Proof(ids, lengths, expected, [type(model).__name__ for model in models], list(names), models[0].dtype)
+    dtype = torch.float32 if in_fp32 else models[0].dtype
+    return Proof(ids, lengths, expected, [type(model).__name__ for model in models], list(names), dtype)
 
 
 @torch.no_grad()
@@ -92,10 +104,47 @@ def check_backbone(backbone: Backbone, cache: SlotCache, proof: Proof, *, exact:
                 raise _cannot_run(proof, j, f"logits off by {off:.3g}")
 
 
-def _own_logits(model: PreTrainedModel, ids: Int[Tensor, " T"]) -> Float[Tensor, "T V"]:
+def _own_logits(model: PreTrainedModel, ids: Int[Tensor, " T"], in_fp32: bool) -> Float[Tensor, "T V"]:
     text = ids[None].to(model.device)
-    own = last_hidden_state(model, text, position_ids=torch.arange(len(ids), device=model.device)[None])
-    return head_logits(model, own[0]).float()
+    positions = torch.arange(len(ids), device=model.device)[None]
+    with _widened(model) if in_fp32 else nullcontext():
+        return head_logits(model, last_hidden_state(model, text, position_ids=positions)[0]).float()
+
+
+@contextmanager
+def _widened(model: nn.Module) -> Iterator[None]:
+    """Let every layer compute in fp32, the weights of one at a time."""
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+
+    def widen(layer: nn.Module, inputs: object) -> None:
+        del inputs
+        for parameter in layer.parameters():
+            kept.append((parameter, parameter.data))
+            parameter.data = parameter.data.float()
+
+    def narrow(*_: object) -> None:
+        while kept:
+            parameter, data = kept.pop()
+            parameter.data = data
+
+    hooks = []
+    for layer in _layers(model):
+        hooks += [layer.register_forward_pre_hook(widen), layer.register_forward_hook(narrow, always_call=True)]
+    try:
+        yield
+    finally:
+        narrow()
+        for hook in hooks:
+            hook.remove()
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The smallest modules with weights of their own; a linear layer and its adapter are one."""
+    if next(module.parameters(recurse=False), None) is not None or hasattr(module, "lora_A"):
+        yield module
+    else:
+        for child in module.children():
+            yield from _layers(child)
 
 
 def _read_in_blocks(

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ultrafuser.engine.backbones import Backbone, ModelBackbone
+from ultrafuser.engine.fp16 import keeps_values
 from ultrafuser.engine.graphs import StepGraphs
 from ultrafuser.engine.llama import LlamaStack, can_stack, is_llama_like
 from ultrafuser.engine.proof import ask_models, check_backbone
@@ -242,7 +243,9 @@ def _make_group(
     drafter: LlamaStack | None = None
     backbone: Backbone
     if stack is not None:
-        proof = ask_models(models, names, num_slots=num_slots, length=length)
+        first = next(models[0].parameters())
+        widens = first.dtype != torch.float32 and weights.pack and keeps_values(first)
+        proof = ask_models(models, names, num_slots=num_slots, length=length, in_fp32=widens)
         if draft_form != "exact":
             drafter = stack(models, length=length, form=draft_form, num_threads=threads)
         form, pack, release, _ = weights

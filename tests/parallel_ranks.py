@@ -92,7 +92,7 @@ def strategy_of(world: World, parallel: Mapping[str, Any], *, bf16: bool) -> Any
 
 def run_phases(folder: Path, runs: Mapping[str, Mapping[str, Any]], **_: Any) -> None:
     """Train phases that are made in memory; of each leave `<run>/final.safetensors` beside its metrics."""
-    with begin_world("cpu", timeout_s=60) as world:
+    with begin_world("cpu", timeout_s=60.0) as world:
         for name, run in runs.items():
             train: Mapping[str, Any] = run.get("train", {})
             torch.manual_seed(0)

@@ -294,7 +294,7 @@ def test_processes_that_do_not_come_are_one_line(monkeypatch: pytest.MonkeyPatch
     set_environment(monkeypatch, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_PORT=str(free_port()))
 
     message = r"the 2 processes of this run did not find each other within 1 s"
-    with pytest.raises(ConfigError, match=message), begin_world("cpu", timeout_s=1):
+    with pytest.raises(ConfigError, match=message), begin_world("cpu", timeout_s=1.0):
         pass
 
 

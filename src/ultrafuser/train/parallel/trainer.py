@@ -185,11 +185,11 @@ class ParallelTrainer(Trainer):
             TrainingError: It cannot be written, or some process does not see it; before any weights are read.
         """
         probe = self.folder / f".probe-{self.world.gather(os.getpid())[0]}"
+        with self.world.together():
+            if self.world.is_main:
+                self._begin(text)
+                probe.touch()
         try:
-            with self.world.together():
-                if self.world.is_main:
-                    self._begin(text)
-                    probe.touch()
             with self.world.together():
                 if not probe.exists():
                     raise TrainingError(

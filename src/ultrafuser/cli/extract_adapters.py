@@ -54,9 +54,8 @@ def extract_adapters(
         raise ConfigError("give one fused model, or each fine-tune as NAME=FOLDER, with a name of its own")
     held_out = held_out_conversations(data, per_domain=records) if data is not None else {}
     quality: list[QualityLoss] = []
-    options = {"energy": energy, "share": share}
     if named:
-        extracts = extract_specialists(base, named, out, max_rank=max_rank, **options)
+        extracts = extract_specialists(base, named, out, max_rank=max_rank, energy=energy, share=share)
         for name, place in named.items() if held_out else ():
             before, tokenizer = load_model(place, LoadOptions(template=template, device="cpu"))
             after = FusedForCausalLM.from_specialists({"model": out / name}, templates=template, tokenizer=tokenizer)
@@ -64,7 +63,7 @@ def extract_adapters(
     else:
         check_fused_family(models[0], base)
         fused, tokenizer = load_model(models[0], LoadOptions(device="cpu"))
-        shared, extracts = extract_fused(fused, base, max_rank=max_rank, **options)
+        shared, extracts = extract_fused(fused, base, max_rank=max_rank, energy=energy, share=share)
         quality = measure_quality(fused, shared, tokenizer, held_out)
         save_fused(shared, out, tokenizer=tokenizer, gate_only=True)
     _show(extracts, quality)

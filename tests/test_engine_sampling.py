@@ -61,7 +61,7 @@ def sampler(**params: Any) -> Sampler:
             [TemperatureLogitsWarper(1.7), TopKLogitsWarper(20), TopPLogitsWarper(0.7), MinPLogitsWarper(0.05)],
         ),
     ],
-    ids=str,
+    ids=lambda value: "-".join(type(warper).__name__ for warper in value) if isinstance(value, list) else str(value),
 )
 def test_cuts_keep_what_transformers_keeps(params: dict[str, Any], warpers: list[Any], scale: float, seed: int):
     logits = scale * torch.randn(V, generator=torch.Generator().manual_seed(seed))

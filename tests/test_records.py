@@ -173,8 +173,8 @@ def test_nothing_to_train_on_is_an_error_even_when_skipping(tmp_path: Path) -> N
         ("a.csv", b"instruction,output\na,b\na,b,c\n", ":3: more cells than the header has"),
         ("a.tsv", b"question\tanswer\n", ":1: 2 columns between tabs where 3"),
         ("a.jsonl.gz", b"no gzip", "damaged gzip"),
-        ("a.jsonl.gz", gzip.compress(lines())[:-9], "damaged gzip"),
-        ("a.json.gz", gzip.compress(lines())[:-9], "damaged gzip"),
+        ("a.jsonl.gz", gzip.compress(lines(), mtime=0)[:-9], "damaged gzip"),
+        ("a.json.gz", gzip.compress(lines(), mtime=0)[:-9], "damaged gzip"),
         ("a.parquet", b"no parquet", "no readable Parquet"),
         ("a.txt", b"text", "no known ending"),
     ],
@@ -192,7 +192,7 @@ def test_an_empty_or_damaged_file_is_an_error(name: str, content: bytes, reason:
 
 
 def test_a_damaged_file_is_an_error_even_when_skipping(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl.gz", gzip.compress(lines())[:-9])
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(lines(), mtime=0)[:-9])
 
     with pytest.raises(DataError, match="damaged gzip"):
         list(read_records(path, domain="d", on_error="skip", problems=Problems()))

@@ -44,6 +44,7 @@ def train(
     """
     from ultrafuser.config.load import load_recipe
 
+    is_main = os.environ.get("RANK", "0") == "0"  # of several processes one tells
     if dry_run:
         from ultrafuser.train.estimate.run import estimate_recipe
         from ultrafuser.train.estimate.show import print_estimate, write_json
@@ -51,7 +52,7 @@ def train(
         estimate = estimate_recipe(
             load_recipe(recipe, overrides), devices=devices, tokens=tokens, utilisation=utilisation
         )
-        if os.environ.get("RANK", "0") == "0":  # of several processes one tells
+        if is_main:
             print_estimate(estimate)
             if as_json is not None:
                 write_json(estimate, as_json)
@@ -61,4 +62,6 @@ def train(
         raise ConfigError(f"{without[0]} is for --dry-run")
     from ultrafuser.train.pipeline import train as run
 
-    print(run(load_recipe(recipe, overrides), recipe_file=recipe))
+    folder = run(load_recipe(recipe, overrides), recipe_file=recipe)
+    if is_main:
+        print(folder)

@@ -9,7 +9,7 @@ from ultrafuser.config.load import apply_override, parse_recipe
 from ultrafuser.config.recipe import Recipe
 from ultrafuser.errors import ConfigError
 from ultrafuser.train.estimate.devices import Devices
-from ultrafuser.train.estimate.estimate import Ingredients, PhaseEstimate, estimate_phases
+from ultrafuser.train.estimate.estimate import Ingredients, PhaseEstimate, estimate_phase
 
 MOST_DEVICES = 1024
 TOGETHER = ("train.activation_checkpointing=true", "train.micro_batch_tokens=1024", "train.loss_chunk=256")
@@ -97,7 +97,8 @@ def _fits(recipe: Recipe, overrides: list[str], devices: Devices, ingredients: I
     mode = changed.train.parallel.mode
     if mode == "specialist" and (devices.count % len(ingredients.shapes) or devices.count < len(ingredients.shapes)):
         return False
-    return next(found.fits for found in estimate_phases(changed, devices, ingredients) if found.name == phase)
+    plan = next(plan for plan in ingredients.phases.phases if plan.name == phase)
+    return estimate_phase(changed, devices, ingredients, plan).fits
 
 
 def _is_set(recipe: Recipe, text: str) -> bool:

@@ -20,7 +20,9 @@ from ultrafuser.data.sampler import Draw, Sampler
 from ultrafuser.errors import ConfigError, DataError, ModelError
 from ultrafuser.model.build import resolve_templates
 from ultrafuser.model.specialist import load_tokenizer
+from ultrafuser.train.estimate.activations import Piece, measure_piece
 from ultrafuser.train.loop import COMPOSED
+from ultrafuser.train.parallel.deal import deal
 
 MOST_RECORDS = 400  # of a domain that are encoded
 MOST_STEPS = 48  # of a phase that are drawn
@@ -36,6 +38,8 @@ class PhasePlan:
         specialists: Names of those that run.
         batches: Records of the drawn steps.
         num_records: Training records of its domains in all.
+        columns: Of the records of a step, without padding, on average.
+        responses: Response tokens of a step, on average.
     """
 
     name: str
@@ -43,6 +47,29 @@ class PhasePlan:
     specialists: tuple[str, ...]
     batches: tuple[tuple[EncodedRecord, ...], ...]
     num_records: int
+    columns: float
+    responses: float
+    _pieces: dict[tuple[int, int], tuple[tuple[Piece, ...], ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def pieces(self, *, parts: int, max_columns: int) -> tuple[tuple[Piece, ...], ...]:
+        """What one of so many devices runs, step by step: the last one, which is dealt the longest records.
+
+        Found once for each pair of arguments, since most settings that are tried change neither.
+        """
+        key = (parts, max_columns)
+        if key not in self._pieces:
+            distinct = {tuple(map(id, batch)): batch for batch in self.batches}  # assumed records are the same ones
+            found = {
+                ids: tuple(
+                    measure_piece(share.records)
+                    for share in deal(batch, parts=parts, part=parts - 1, max_columns=max_columns)
+                )
+                for ids, batch in distinct.items()
+            }
+            self._pieces[key] = tuple(found[tuple(map(id, batch))] for batch in self.batches)
+        return self._pieces[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +127,15 @@ def _plan(
     count = min(stage.steps, MOST_STEPS)
     steps = [i * stage.steps // count for i in range(count)]
     batches = tuple(tuple(source.draw(specialists, records, draw) for draw in sampler.batch(step)) for step in steps)
-    return PhasePlan(name, stage, specialists, batches, sum(source.sizes[domain] for domain in domains))
+    return PhasePlan(
+        name,
+        stage,
+        specialists,
+        batches,
+        num_records=sum(source.sizes[domain] for domain in domains),
+        columns=sum(record.num_columns for batch in batches for record in batch) / count,
+        responses=sum(record.num_response_tokens for batch in batches for record in batch) / count,
+    )
 
 
 @dataclass

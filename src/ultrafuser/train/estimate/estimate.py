@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ultrafuser.config.recipe import Recipe
-from ultrafuser.train.estimate.activations import measure_piece
 from ultrafuser.train.estimate.batches import PhasePlan, Phases, plan_phases
 from ultrafuser.train.estimate.devices import Devices
 from ultrafuser.train.estimate.disk import Disk, measure_disk
 from ultrafuser.train.estimate.memory import Job, Memory, measure_memory, overhead_bytes
 from ultrafuser.train.estimate.shapes import Shape, gate_parameters, read_shape
 from ultrafuser.train.estimate.work import Work, measure_work
-from ultrafuser.train.parallel.deal import deal
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,40 +112,27 @@ def gather_ingredients(recipe: Recipe, *, tokens: tuple[int, int] | None = None)
 
 def estimate_phases(recipe: Recipe, devices: Devices, ingredients: Ingredients) -> tuple[PhaseEstimate, ...]:
     """Every phase under the recipe's settings; the stages of the recipe may differ from those it was planned with."""
-    stages = {"stage1": recipe.stage1, "stage2": recipe.stage2}
-    found = []
-    for plan in ingredients.phases.phases:
-        stage = stages.get(plan.name) or plan.stage
-        job = _make_job(recipe, devices, plan, ingredients.shapes, stage=stage)
-        found.append(_estimate(job, devices, plan))
-    return tuple(found)
+    return tuple(estimate_phase(recipe, devices, ingredients, plan) for plan in ingredients.phases.phases)
+
+
+def estimate_phase(recipe: Recipe, devices: Devices, ingredients: Ingredients, plan: PhasePlan) -> PhaseEstimate:
+    """One of the phases that `ingredients` were gathered for."""
+    stage = {"stage1": recipe.stage1, "stage2": recipe.stage2}.get(plan.name) or plan.stage
+    return _estimate(_make_job(recipe, devices, plan, ingredients.shapes, stage=stage), devices, plan)
 
 
 def _make_job(recipe: Recipe, devices: Devices, plan: PhasePlan, shapes: Sequence[Shape], *, stage: Any) -> Job:
     mine = tuple(shape for shape in shapes if shape.name in plan.specialists)
     draft = Job(recipe, stage, mine, (), devices.count, devices.is_cpu)
     parts = draft.parts if draft.is_split else devices.count
-    # The last part is dealt the longest records.
-    pieces = tuple(
-        tuple(
-            measure_piece(share.records)
-            for share in deal(batch, parts=parts, part=parts - 1, max_columns=recipe.train.micro_batch_tokens)
-        )
-        for batch in plan.batches
-    )
+    pieces = plan.pieces(parts=parts, max_columns=recipe.train.micro_batch_tokens)
     return Job(recipe, stage, mine, pieces, devices.count, devices.is_cpu)
 
 
 def _estimate(job: Job, devices: Devices, plan: PhasePlan) -> PhaseEstimate:
     memory = measure_memory(job)
     overhead = overhead_bytes(job, devices.memory_bytes)
-    num_steps = len(plan.batches)
-    work = measure_work(
-        job,
-        devices,
-        columns=sum(record.num_columns for batch in plan.batches for record in batch) / num_steps,
-        responses=sum(record.num_response_tokens for batch in plan.batches for record in batch) / num_steps,
-    )
+    work = measure_work(job, devices, columns=plan.columns, responses=plan.responses)
     gate = gate_parameters(job.shapes, job.recipe)
     trained = 0
     if job.trains_everything:

@@ -131,16 +131,22 @@ def _moments(job: Job) -> dict[str, dict[str, int]]:
     quiet = {**standing, "gradients": 0, "optimizer": 0}
     largest = max(shape.head_parameters for shape in job.local)
     moments["fingerprint of the weights"] = {**quiet, "passing": 8 * largest}  # summed as whole numbers
-    for place, step in enumerate(job.pieces):
+    # Pieces of one size hold the same at the same place: each is measured once.
+    places = dict.fromkeys(
+        (step > 0, number > 0, piece) for step, pieces in enumerate(job.pieces) for number, piece in enumerate(pieces)
+    )
+    for has_moments, has_gradients, piece in places:
         # AdamW's moments are made at the end of the first step, the first of those drawn. Gradients stand from the end
         # of a step's first piece on; a lone piece makes them as it frees activations.
-        after = {**standing, "optimizer": 0} if place == 0 else standing
-        for number, piece in enumerate(step):
-            held = after if number else {**after, "gradients": 0}
-            for moment, parts in _piece_moments(job, piece).items():
-                total = held | {name: held.get(name, 0) + count for name, count in parts.items()}
-                if moment not in moments or sum(total.values()) > sum(moments[moment].values()):
-                    moments[moment] = total
+        held = dict(standing)
+        if not has_moments:
+            held["optimizer"] = 0
+        if not has_gradients:
+            held["gradients"] = 0
+        for moment, parts in _piece_moments(job, piece).items():
+            total = held | {name: held.get(name, 0) + count for name, count in parts.items()}
+            if moment not in moments or sum(total.values()) > sum(moments[moment].values()):
+                moments[moment] = total
     return moments
 
 

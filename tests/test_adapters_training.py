@@ -157,7 +157,10 @@ def test_a_recipe_that_adapters_cannot_serve_is_refused_before_anything_loads(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["train.parallel.mode=specialist"], r"\.lora does not go with train.parallel.mode: specialist"),
+        (
+            ["shared_base=false", "train.parallel.mode=specialist"],
+            r"stage2\.lora does not go with train.parallel.mode: specialist",
+        ),
         (["shared_base=true"], "shared_base: true is for one process, and there are 2"),
     ],
 )

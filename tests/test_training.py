@@ -24,6 +24,7 @@ from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.train.loop import COMPOSED, Loop
 from ultrafuser.train.optimizer import learning_rate_factor
 from ultrafuser.train.signals import StopRequest
+from ultrafuser.train.tracking.metrics import read_metrics
 
 EVERYTHING = {"train_specialists": True}
 # It adds the same to every score, so the softmax never sees it: its gradient is rounding, which AdamW makes into steps.
@@ -339,7 +340,7 @@ def test_a_gate_entropy_bonus_spreads_the_weights(tmp_path: Path):
 def test_every_line_of_metrics_has_the_promised_keys(tmp_path: Path):
     train(tmp_path, stage={"steps": 5}, train={"validate_every": 3})
 
-    lines = list(tracking.read_metrics(tmp_path / "metrics.jsonl"))
+    lines = list(read_metrics(tmp_path / "metrics.jsonl"))
 
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     for line in lines:

@@ -39,10 +39,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "bf16 weights": {"untied": True, "dtype": "bfloat16", "stage": {"train_specialists": True}},
     "bf16": {"untied": True, "stage": {"train_specialists": True, "steps": 2}, "train": {"precision": "bf16"}},
 }
-EXACT = [name for name in RUNS if "bf16" not in name]
+# Three processes have parts of unequal size; what is no matter of sizes is trained in two alone.
+IN_THREE = ("stage1", "stage2", "untied", "bf16 weights")
+TRAINED = [(run, size) for run in RUNS for size in (2, 3) if size == 2 or run in IN_THREE]
+EXACT = [pair for pair in TRAINED if "bf16" not in pair[0]]
+ROUNDED = [pair for pair in TRAINED if "bf16" in pair[0]]
 # Added to every score alike, so the softmax does not see it: its gradient is rounding alone, which AdamW scales up.
 WITHOUT_EFFECT = "fusion_gate.layers.2.bias"
 # Relative. Where an element's gradient is near zero, AdamW's first steps make its rounding large: 2.6e-5 was measured.
+# Of the recipe, whose first phase has the learning rate 1e-2 and no warm-up, one element of one matrix is 3.5e-5 of its
+# norm away where one process cuts its batches otherwise, 2.3e-5 in two processes, 1.7e-4 if all were done by three.
 SAME_WEIGHTS = 1e-4
 
 
@@ -54,10 +60,11 @@ def server() -> Iterator[RankServer]:
 
 @pytest.fixture(scope="module")
 def trained(server: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs in 1, 2 and 3 processes: `<size>/<run>/`."""
+    """Runs in 1, 2 and 3 processes: `<size>/<run>/`."""
     folder = tmp_path_factory.mktemp("parallel")
     for size in (1, 2, 3):
-        for ended in server.run("phases", folder / str(size), size, runs=RUNS):
+        runs = {name: run for name, run in RUNS.items() if size < 3 or name in IN_THREE}
+        for ended in server.run("phases", folder / str(size), size, runs=runs):
             assert ended.code == 0, ended.said
     return folder
 
@@ -78,13 +85,19 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / a.norm().clamp_min(1e-12))
 
 
+def begin_at_stage2(trained: Path, folder: Path) -> None:
+    """The recipe with all that was trained before stage 2, in one process."""
+    write_ingredients(folder)
+    for part in ("specialists", "stage1"):
+        shutil.copytree(trained / "run" / part, folder / "run" / part)
+
+
 def ours(ended: list[Ended]) -> list[str]:
     """The lines of all ranks that the command says for itself."""
     return [line for rank in ended for line in rank.said.splitlines() if line.startswith("ultrafuser:")]
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("run", EXACT)
+@pytest.mark.parametrize(("run", "size"), EXACT)
 def test_losses_norms_and_parameters_are_those_of_one_process(trained: Path, run: str, size: int):
     alone, together = (untimed_metrics(trained / str(n) / run / "metrics.jsonl") for n in (1, size))
     weights, shared = (load_file(trained / str(n) / run / "final.safetensors") for n in (1, size))
@@ -100,8 +113,7 @@ def test_losses_norms_and_parameters_are_those_of_one_process(trained: Path, run
     assert max(relative_difference(weights[n], shared[n]) for n in weights if n != WITHOUT_EFFECT) < SAME_WEIGHTS
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("run", [name for name in RUNS if "bf16" in name])
+@pytest.mark.parametrize(("run", "size"), ROUNDED)
 def test_bf16_is_that_of_one_process_to_its_rounding(trained: Path, run: str, size: int):
     """Trainable bf16 weights beside an fp32 gate, too, which must not share a unit (torch refuses mixed types)."""
     alone, together = (untimed_metrics(trained / str(n) / run / "metrics.jsonl")[:2] for n in (1, size))
@@ -178,9 +190,7 @@ def test_the_command_makes_the_model_that_one_process_makes(recipes: Path):
 def test_a_killed_process_ends_all_with_one_message_and_the_run_goes_on(
     recipes: Path, server: RankServer, tmp_path: Path, size: int, killed: int
 ):
-    shutil.copytree(recipes / "1", tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "run")
-    write_ingredients(tmp_path)
+    begin_at_stage2(recipes / "1", tmp_path)
     kill = {"rank": killed, "number": signal.SIGKILL, "file": "run/stage2/metrics.jsonl", "lines": 3}
 
     ended = server.run("command", tmp_path, size, kill=kill)
@@ -199,18 +209,18 @@ def test_a_killed_process_ends_all_with_one_message_and_the_run_goes_on(
     assert max(relative_difference(alone[n], after[n]) for n in alone if n != WITHOUT_EFFECT) < SAME_WEIGHTS
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(server: RankServer, tmp_path: Path):
-    write_ingredients(tmp_path)
-    stop = {"rank": 1, "number": signal.SIGTERM, "file": "run/stage1/metrics.jsonl", "lines": 1}
+def test_a_signal_to_one_process_stops_all_after_the_same_step(recipes: Path, server: RankServer, tmp_path: Path):
+    begin_at_stage2(recipes / "1", tmp_path)
+    stop = {"rank": 1, "number": signal.SIGTERM, "file": "run/stage2/metrics.jsonl", "lines": 1}
 
     ended = server.run("command", tmp_path, 2, kill=stop)
-    steps = len(untimed_metrics(tmp_path / "run" / "stage1" / "metrics.jsonl"))
+    steps = len(untimed_metrics(tmp_path / "run" / "stage2" / "metrics.jsonl"))
     again = server.run("command", tmp_path, 2)
 
     assert [rank.code for rank in ended] == [130, 130], ended
     assert not any("Traceback" in rank.said for rank in ended)
     assert sum("stopping: this step is finished and saved first" in rank.said for rank in ended) == 1
-    assert f"stage1 goes on from step {steps} of 4" in again[0].said
+    assert f"stage2 goes on from step {steps} of 4" in again[0].said
 
 
 def test_torchrun_runs_the_command(recipes: Path, tmp_path: Path):
@@ -265,8 +275,8 @@ def test_processes_with_different_recipes_are_refused(server: RankServer, tmp_pa
     assert "has another recipe than process" in line
 
 
-def test_a_loss_that_is_not_finite_ends_all_with_one_line(server: RankServer, tmp_path: Path):
-    write_ingredients(tmp_path)
+def test_a_loss_that_is_not_finite_ends_all_with_one_line(recipes: Path, server: RankServer, tmp_path: Path):
+    begin_at_stage2(recipes / "1", tmp_path)
 
     ended = server.run(
         "command", tmp_path, 2, overrides=["stage2.learning_rate=1e20", "stage2.gate_learning_rate=1e20"]

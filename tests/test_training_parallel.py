@@ -23,21 +23,22 @@ from ultrafuser.train.parallel.deal import deal
 from ultrafuser.train.parallel.world import begin_world, device_of, read_environment
 
 SMALL = {"micro_batch_tokens": 64}  # several pieces a step in each process
+SHORT = {"train_specialists": True, "steps": 2}  # the second step has moments from the first, and is saved
 RUNS: dict[str, dict[str, Any]] = {
     "stage1": {"stage": {"composed_share": 0.25}, "train": SMALL},
     "stage2": {"stage": {"train_specialists": True, "composed_share": 0.25}, "train": SMALL},
     "untied": {
         "untied": True,
-        "stage": {"train_specialists": True, "gate_entropy": 0.1},
+        "stage": {**SHORT, "gate_entropy": 0.1},
         "train": {"activation_checkpointing": True},
         "model": {"fusion_space": "probs"},
     },
-    "offload": {"stage": {"train_specialists": True}, "parallel": {"cpu_offload": True}},
-    "replicated": {"parallel": {"replicate_frozen": True}},
-    "adapters": {"lora": True, "stage": {"train_specialists": True}},
-    "adapters on bf16": {"lora": True, "dtype": "bfloat16", "stage": {"train_specialists": True, "steps": 2}},
-    "bf16 weights": {"untied": True, "dtype": "bfloat16", "stage": {"train_specialists": True}},
-    "bf16": {"untied": True, "stage": {"train_specialists": True, "steps": 2}, "train": {"precision": "bf16"}},
+    "offload": {"stage": SHORT, "parallel": {"cpu_offload": True}},
+    "replicated": {"stage": {"steps": 2}, "parallel": {"replicate_frozen": True}},
+    "adapters": {"lora": True, "stage": SHORT},
+    "adapters on bf16": {"lora": True, "dtype": "bfloat16", "stage": SHORT},
+    "bf16 weights": {"untied": True, "dtype": "bfloat16", "stage": SHORT},
+    "bf16": {"untied": True, "stage": SHORT, "train": {"precision": "bf16"}},
 }
 # Three processes have parts of unequal size; what is no matter of sizes is trained in two alone.
 IN_THREE = ("stage1", "stage2", "untied", "bf16 weights")

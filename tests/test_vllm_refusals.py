@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
-from helpers import make_model, make_tokenizer, make_trio
+from helpers import make_fused, make_model, make_tokenizer, make_trio
 from vllm_helpers import HIDDEN, SMALL, VllmHome, install, make_servable, save
+
+LOOKUP = {"method": "ngram", "num_speculative_tokens": 2}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> VllmHome:
-    return install(tmp_path_factory.mktemp("site"))
+def home() -> VllmHome:
+    return install()
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +51,9 @@ def lengthen_vocabulary(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def answers(home: VllmHome, root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     short = make_trio() | {"code": make_model(seed=1, hidden_size=16, max_position_embeddings=128)}
-    from helpers import make_fused
-
     save(make_fused(short, templates="chatml"), root / "short")
+    window = make_trio() | {"code": make_model("mistral", seed=1, hidden_size=16, sliding_window=32)}
+    save(make_fused(window, templates="chatml"), root / "window")
     jobs = [
         ("shard", broken(root, "shard", lose_a_shard), {}),
         ("tokenizer", broken(root, "tokenizer", lengthen_vocabulary), {}),
@@ -61,6 +63,9 @@ def answers(home: VllmHome, root: Path, tmp_path_factory: pytest.TempPathFactory
         ("pipeline", root / "good", {"pipeline_parallel_size": 2}),
         ("lora", root / "good", {"enable_lora": True}),
         ("context", root / "short", {"max_model_len": 300}),
+        ("drafted", root / "good", {"additional_config": {"own_prompts": True}, "speculative_config": LOOKUP}),
+        ("neither", root / "good", {"additional_config": {"own_prompts": "yes"}}),
+        ("window", root / "window", {"additional_config": {"own_prompts": True}}),
         ("fitted", root / "short", {"max_model_len": None}),
         ("good", root / "good", {}),
     ]
@@ -80,6 +85,9 @@ def answers(home: VllmHome, root: Path, tmp_path_factory: pytest.TempPathFactory
         ("prompt", "ConfigError", "granularity: prompt"),
         ("pipeline", "ConfigError", "cannot be cut by layers"),
         ("lora", "ConfigError", "takes no adapters"),
+        ("drafted", "ConfigError", "own_prompts cannot be had with speculation"),
+        ("neither", "ConfigError", "own_prompts is true or false, not 'yes'"),
+        ("window", "ConfigError", "specialist 'code' attends to a sliding window"),
         ("context", "ConfigError", "--max-model-len 300 is more than the 128 tokens"),
     ],
 )

@@ -18,7 +18,7 @@ DRIVER = Path(__file__).with_name("vllm_second_runner.py")
 
 
 def test_the_model_state_gives_each_specialist_its_own_prompt(tmp_path: Path):
-    home = install(tmp_path / "site")
+    home = install()
     found = subprocess.run([home.python, "-c", "import triton"], env=home.environment, capture_output=True)
     if found.returncode:
         pytest.skip("Triton is not in the environment of vLLM: pip install --no-deps triton==3.7.1 there")

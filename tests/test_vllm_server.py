@@ -25,6 +25,7 @@ from ultrafuser.synthesis.load import load_synthesis
 from ultrafuser.synthesis.node import Answer, ChatMessage, Request
 from ultrafuser.synthesis.recipe import EndpointConfig
 from ultrafuser.synthesis.storage.store import Store
+from ultrafuser.vllm_plugin.requests import HOW_TO_START, write_prompts
 from vllm_helpers import SMALL, asking, install, make_servable
 
 openai: Any = pytest.importorskip("openai", reason="the client of OpenAI comes with the extra 'synthesis'")
@@ -49,8 +50,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("served")
     model, tokenizer = make_servable(templates=PAPER_TEMPLATES), make_tokenizer()
     folder = save_shared(model, tokenizer, shared_template(model, tokenizer, "chatml"), root / "model")
-    home = install(root / "site")
-    with home.serve(folder, *SMALL, "--served-model-name", "tiny", "--enable-prefix-caching", folder=root) as url:
+    with install().serve(folder, *SMALL, "--served-model-name", "tiny", "--enable-prefix-caching", folder=root) as url:
         yield Served(url, folder, FusedGenerator.from_pretrained(str(folder), dtype=torch.float32))
 
 
@@ -116,6 +116,16 @@ def test_a_conversation_that_goes_on_reads_its_beginning_from_the_cache(served: 
     assert float(hits[0].split()[-1]) > 0
 
 
+def test_a_server_that_was_not_started_for_own_prompts_refuses_them(served: Served):
+    """Rather than have all read the longest prompt, which would look like an answer."""
+    own = {"vllm_xargs": write_prompts([[5, 6, 7]] * 3)}
+
+    with pytest.raises(openai.BadRequestError) as error:
+        served.client.completions.create(model="tiny", prompt=[5, 6, 7], max_tokens=1, extra_body=own)
+
+    assert HOW_TO_START in error.value.body["message"]
+
+
 def test_our_evaluation_gets_the_same_answers_from_the_server(served: Served, tmp_path: Path):
     options = EvaluationOptions(tasks=["gsm8k"], folder=tmp_path, places={"gsm8k": "embedded"}, limit=3, max_tokens=12)
 
@@ -155,7 +165,7 @@ def metric(served: Served, name: str) -> float:
 
 
 def write_synthesis(folder: Path, url: str) -> Path:
-    """A recipe for a model that writes nonsense: short prompts, no gates, and a bias towards short words in JSON."""
+    """A recipe for a model that writes nonsense: short prompts, no gates, a bias towards short words, in full lists."""
     prompts = {
         "meta_topics": "{{count}} areas. {{avoid}} {{format}}",
         "sub_topics": "{{topic}}: {{count}} topics. {{avoid}} {{format}}",
@@ -172,8 +182,10 @@ def write_synthesis(folder: Path, url: str) -> Path:
     settings |= {"max_avoid": 2, "max_avoid_characters": 20, "per_request": {"meta_topics": 1, "sub_topics": 2}}
     settings["gates"] = {stage: dict.fromkeys(gates) for stage, gates in defaults["gates"].items()}
     (domain / "domain.yaml").write_text(yaml.safe_dump(settings))
-    ids = make_tokenizer().convert_tokens_to_ids
-    bias = {str(ids(letter)): 8 for letter in "abcdefgh"} | {str(ids('"')): 9}
+    biases = dict.fromkeys("abcdefgh", 8) | {'"': 9} | dict.fromkeys(" \n\r\t", -6)
+    biases |= {"{": 5, "]": 1}  # the schema takes a list of nothing, too
+    tokenizer = make_tokenizer()
+    bias = {str(tokenizer(letter, add_special_tokens=False)["input_ids"][0]): by for letter, by in biases.items()}
     tree = {
         "name": "tiny",
         "folder": str(folder / "run"),

@@ -67,7 +67,7 @@ def test_a_real_trio_writes_the_tokens_of_generate(folder: Path, tmp_path: Path)
         "args": {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8},
         "sampling": {"max_tokens": NUM_TOKENS},
     }
-    found = install(tmp_path / "site").answer([job], tmp_path)["trio"]["tokens"]
+    found = install().answer([job], tmp_path)["trio"]["tokens"]
 
     ends = GenerationConfig.from_pretrained(folder).eos_token_id
     stops = set(ends if isinstance(ends, list) else [ends])

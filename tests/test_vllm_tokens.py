@@ -67,8 +67,8 @@ def make_servable_from(parts: dict[str, Any], **options: Any) -> FusedForCausalL
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> VllmHome:
-    return install(tmp_path_factory.mktemp("site"))
+def home() -> VllmHome:
+    return install()
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,7 +86,7 @@ class VllmHome:
         return found
 
     @contextmanager
-    def serve(self, model: Path, *options: str, folder: Path, within_s: float = 240.0) -> Iterator[str]:
+    def serve(self, model: Path, *options: str, folder: Path, within_s: float = 600.0) -> Iterator[str]:
         """`vllm serve MODEL`; the address up to and including /v1."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -104,14 +107,18 @@ class VllmHome:
 
 
 SMALL = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--gpu-memory-utilization", "0.02")
+SMALL += ("--distributed-executor-backend", "uni")  # one process less to start
 
 
-def install(folder: Path) -> VllmHome:
-    """Our package as a user installs it: a wheel, so that its entry point is what vLLM finds."""
+@cache
+def install() -> VllmHome:
+    """Our package as a user installs it: a wheel, so that its entry point is what vLLM finds; once a process."""
     python = vllm_folder() / "bin" / "python"
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(folder)]
+    site = Path(tempfile.mkdtemp(prefix="ultrafuser-site-"))
+    atexit.register(shutil.rmtree, site, ignore_errors=True)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(site)]
     subprocess.run([python, "-m", "pip", "install", *options, str(ROOT)], check=True, capture_output=True)
-    return VllmHome(python, folder)
+    return VllmHome(python, site)
 
 
 def make_servable(**options: Any) -> FusedForCausalLM:

@@ -66,8 +66,8 @@ class First(_Checks, FirstProcessor):  # type: ignore[misc]
         First.running = self
 
     def is_argmax_invariant(self) -> bool:
-        """It may end a request."""
-        return False
+        """It may end a request that brings prompts; a server that takes none has none to end."""
+        return not self.num_specialists
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow requests as they come, move and go; called before each step."""

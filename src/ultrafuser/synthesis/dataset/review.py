@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from ultrafuser.errors import ConfigError, DataError
 from ultrafuser.files import read_json, write_text_atomically
 from ultrafuser.synthesis.dataset.review_page import Section, ShownItem, VerdictWord, render_review
 from ultrafuser.synthesis.node import Item, fraction_of
-from ultrafuser.synthesis.recipe import INSTRUCTION_STAGES, TOPIC_STAGES, StageName
+from ultrafuser.synthesis.recipe import INSTRUCTION_STAGES, TOPIC_STAGES, StageName, SynthesisRecipe
 from ultrafuser.synthesis.stages.base import View
 from ultrafuser.synthesis.storage.rounds import REVIEW
 from ultrafuser.synthesis.storage.store import Store

@@ -64,13 +64,13 @@ class TokenLoss(NamedTuple):
 def fused_nll(
     hiddens: Sequence[Float[Tensor, "M _"]],
     weights: Float[Tensor, "M N"],
-    labels: Int[Tensor, M],
+    labels: Int[Tensor, " M"],
     heads: Sequence[Head],
     *,
     space: FusionSpace | str = "logits",
     chunk: int = 1024,
     backend: LossBackend | str = "chunked",
-) -> Float[Tensor, M]:
+) -> Float[Tensor, " M"]:
     """Negative log-likelihood of each label under the fused distribution, nats; see `fused_loss`."""
     return fused_loss(hiddens, weights, labels, heads, space=space, chunk=chunk, backend=backend).nll
 
@@ -78,7 +78,7 @@ def fused_nll(
 def fused_loss(
     hiddens: Sequence[Float[Tensor, "M _"]],
     weights: Float[Tensor, "M N"],
-    labels: Int[Tensor, M],
+    labels: Int[Tensor, " M"],
     heads: Sequence[Head],
     *,
     space: FusionSpace | str = "logits",

@@ -20,7 +20,7 @@ PYTHON=$python scripts/vllm_env.sh ||
 
 step tests
 # Every test computes on one thread, so there is a process for each core; a file's tests stay in one, for what they share.
-"$python" -m pytest --numprocesses "${TEST_PROCESSES:-auto}" --dist loadfile --no-loadscope-reorder
+"$python" -m pytest --numprocesses "${TEST_PROCESSES:-auto}" --dist loadfile --no-loadscope-reorder --durations 25
 
 # Both ends of the supported range: the newest is in .venv, the oldest is laid over it from a folder that all clones share.
 oldest=$(sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)

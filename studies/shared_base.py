@@ -4,7 +4,8 @@
 
 It needs runs/smollm2 (`python studies/smollm2.py train`). The trio is fused by its trained gate, or by equal weights
 where there is none yet, and scored on the test split as it is and over a shared base, with adapters of several sizes.
-`--lora FOLDER` scores another shared-base model beside them: one whose specialists were tuned as adapters.
+`--other FOLDER` scores another shared-base model beside them: one whose gate was trained over the shared base, say, or
+whose specialists were tuned as adapters.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,7 +110,9 @@ def main() -> None:
     parser.add_argument("--share", type=float, action="append", help="adapters' parameters over the base's; repeatable")
     parser.add_argument("--records", type=int, default=200, help="of each domain's test split, at most")
     parser.add_argument("--max-rank", type=int, default=64)
-    parser.add_argument("--lora", type=Path, help="another shared-base model of these specialists")
+    parser.add_argument(
+        "--other", type=Path, help="another shared-base model of these specialists; alone without --share"
+    )
     parser.add_argument("--save", type=Path, help="keep the model of the last share here")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -123,12 +127,13 @@ def main() -> None:
         domain: encode_records(sources, encoder, max_length=recipe.data.max_length)[: options.records]
         for domain, sources in load_dataset(recipe.data)["test"].items()
     }
+    shares = options.share or ([] if options.other else [0.15])
     began = time.perf_counter()
     before = score(trio, encoder, records)
     one = weight_bytes(trio.specialists[trio.names[0]])
-    differences = measure_fused(trio, base_place, max_rank=options.max_rank)
+    differences = measure_fused(trio, base_place, max_rank=options.max_rank) if shares else {}
     results = []
-    for share in options.share or [0.15]:
+    for share in shares:
         shared, extracts = extract_fused(trio, base_place, share=share, differences=differences)
         ratio = weight_bytes(shared.specialists) / one
         print(f"share {share}: weights {ratio:.3f} of one model, separate {weight_bytes(trio.specialists) / one:.3f}")
@@ -146,16 +151,16 @@ def main() -> None:
                 "losses": compare(before, score(shared, encoder, records), records),
             }
         )
-        if options.save is not None and share == (options.share or [0.15])[-1]:
+        if options.save is not None and share == shares[-1]:
             save_fused(shared, options.save, gate_only=True, tokenizer=tokenizer)
-    if options.lora is not None:
-        tuned = FusedForCausalLM.from_pretrained(options.lora)
+    if options.other is not None:
+        tuned = FusedForCausalLM.from_pretrained(options.other)
         ratio = weight_bytes(tuned.specialists) / one
-        print(f"tuned as adapters: weights {ratio:.3f} of one model")
+        print(f"{options.other}: weights {ratio:.3f} of one model")
         losses = compare(before, score(tuned, encoder, records), records)
-        results.append({"share": "tuned", "weights_over_one_model": ratio, "losses": losses})
+        results.append({"model": str(options.other), "weights_over_one_model": ratio, "losses": losses})
     values = {
-        "command": "python studies/shared_base.py " + " ".join(f"--share {share}" for share in options.share or [0.15]),
+        "command": " ".join(["python", *sys.argv]),
         "weighting": trio.config.weighting,
         "specialists": trio.names,
         "seconds": time.perf_counter() - began,

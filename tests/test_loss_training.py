@@ -78,6 +78,18 @@ def test_a_loss_back_end_that_cannot_run_is_refused_before_any_model_is_read(
         Trainer(recipe)
 
 
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_bf16_on_a_processor_that_is_slow_at_it_is_told_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_fast: bool
+):
+    monkeypatch.setattr("ultrafuser.train.pipeline.multiplies_bf16", lambda _: is_fast)
+    recipe = write_ingredients(tmp_path)
+    Trainer(load_recipe(recipe, ["train.precision=fp32"]))
+    assert "bf16" not in caplog.text
+    Trainer(load_recipe(recipe, ["train.precision=bf16"]))
+    assert ("no instructions for bf16" in caplog.text) is not is_fast
+
+
 @pytest.mark.slow
 def test_sharded_heads_give_the_gradients_of_whole_ones(tmp_path: Path):
     """FSDP2 on two processes with tied heads in the root: called inside its forward, the loss sees whole heads."""

@@ -29,7 +29,7 @@ from ultrafuser.files import put_in_place
 from ultrafuser.model.adapter_files import absolute, has_adapters
 from ultrafuser.model.build import read_templates
 from ultrafuser.model.checkpoint import save_fused
-from ultrafuser.model.device import choose_device
+from ultrafuser.model.device import choose_device, multiplies_bf16
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.lean import SpecialistLoader, build_lean
 from ultrafuser.model.lora import has_adapter, write_adapter
@@ -95,6 +95,10 @@ class Trainer:
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         self.device = device if device is not None else choose_device(recipe.train.device, "train.device")
+        if recipe.train.precision == "bf16" and not multiplies_bf16(self.device):
+            logger.warning(
+                "this processor has no instructions for bf16, so train.precision: bf16 is several times as slow as fp32"
+            )
         check_backend(recipe.train.loss_backend, self.device, space=recipe.fusion.space)
         check_adapted_stages(recipe)
         first = next(iter(recipe.specialists.values()))

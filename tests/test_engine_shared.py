@@ -22,11 +22,11 @@ from engine_helpers import (
     run,
 )
 from helpers import VOCAB_SIZE, make_fused, make_model
-from ultrafuser.engine import low_rank
 from ultrafuser.engine.backbones import ModelBackbone
 from ultrafuser.engine.engine import EngineOptions
-from ultrafuser.engine.fp16 import Fp16Matrix, keeps_values
+from ultrafuser.engine.fp16 import Fp16Matrix, has_fbgemm, keeps_values
 from ultrafuser.engine.llama import LlamaStack
+from ultrafuser.engine.low_rank import JoinedFp16, base_of, lay_out
 from ultrafuser.engine.memory import fit_slots, may_pack
 from ultrafuser.engine.requests import GenerationRequest
 from ultrafuser.engine.shared import SharedStack
@@ -299,9 +299,7 @@ def test_16_bit_weights_lose_nothing_in_a_scaled_fp16_matrix(dtype: torch.dtype)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("apart", [False, True])
-def test_exact_16_bit_specialists_compute_what_the_same_values_in_fp32_do(apart: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(low_rank, "_A_CALL", -1 if apart else 2**16)
+def test_exact_16_bit_specialists_compute_what_the_same_values_in_fp32_do():
     rounded = make_shared(make_adapters())
     for parameter in rounded.specialists.parameters():
         parameter.data = parameter.data.bfloat16()
@@ -316,8 +314,34 @@ def test_exact_16_bit_specialists_compute_what_the_same_values_in_fp32_do(apart:
 
     stack = engine.runner.groups[0].backbone
     assert stack.compute_dtype == torch.float32
-    assert [len(products[0].matrices) for products in (stack.qkv, stack.gate_up)] == ([3, 2] if apart else [1, 1])
     assert_answers(merged(wide), request, run(engine, request)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_product_of_base_and_adapters_in_fp16_is_that_of_the_layers(has_bias: bool):
+    models = list(make_adapters().values())
+    places = ("q_proj", "k_proj", "v_proj")
+    parts = [[model.get_submodule(f"model.layers.0.self_attn.{place}") for place in places] for model in models]
+    if has_bias:
+        for layers in zip(*parts, strict=True):
+            bias = torch.nn.Parameter(torch.randn(layers[0].out_features))
+            for layer in layers:
+                base_of(layer).bias = bias
+    if not has_fbgemm():
+        pytest.skip("no FBGEMM")
+    x = torch.randn(len(models), 5, models[0].config.hidden_size)
+    expected = torch.stack(
+        [torch.cat([layer(row) for layer in own], dim=-1) for own, row in zip(parts, x, strict=True)]
+    )
+    product = JoinedFp16(parts, lay_out(parts), num_threads=1)
+
+    assert product.scale != 1.0
+    torch.testing.assert_close(product(x) * product.scale, expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(product(x[1:2], 1) * product.scale, expected[1:2], rtol=2e-3, atol=2e-3)
+    scaled = x * product.want_scaled()
+    assert product.scale == 1.0
+    torch.testing.assert_close(product(scaled), expected, rtol=2e-3, atol=2e-3)
 
 
 # What does not fit

@@ -176,10 +176,11 @@ class LlamaStack:
         for layer in range(len(self.qkv)):
             h = self._norm(x, self.norm_in[layer], member)
             h = self._attention(layer, h.view(shape), step, member)
-            x = x + h.view_as(x)
+            x = torch.add(x, h.view_as(x), alpha=self.out[layer].scale)
             h = self._norm(x, self.norm_mlp[layer], member)
             gate, up = self.gate_up[layer](h.view(shape), member).chunk(2, dim=-1)
-            x = x + self.down[layer](F.silu(gate) * up, member).view_as(x)
+            h = self.down[layer](F.silu(gate) * up, member)
+            x = torch.add(x, h.view_as(x), alpha=self.down[layer].scale)
         return self._norm(x, self.norm_out, member)
 
     def logits(self, hidden: Float[Tensor, "G M H"], member: int | None = None) -> Float[Tensor, "G M V"]:

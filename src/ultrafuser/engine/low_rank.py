@@ -24,7 +24,6 @@ from ultrafuser.engine.reduced import joined
 from ultrafuser.engine.weights import AnyFormat
 
 _NAME = "default"  # of the adapter in each specialist
-_A_CALL = 2**16  # zeros that take about as long to read as one product more to call
 
 
 class Ranks(NamedTuple):
@@ -124,8 +123,8 @@ class LowRank:
 class JoinedFp16:
     """Base and adapters in fp16, where B is further inputs of the base's matrix: [W B] [x; scaling * A x].
 
-    Two products and no sum: what a step costs beside reading weights is operations. Layers whose B would leave more
-    zeros than that is worth have a matrix of their own.
+    Two products and no sum: what a step costs beside reading weights is operations. For the same reason what comes out
+    is left to be multiplied by `scale`: a norm before it or a sum after it can do that on the way.
 
     Args:
         parts: Per specialist, the layers whose outputs stand side by side.
@@ -139,37 +138,34 @@ class JoinedFp16:
         self.down = Fp16Matrix(
             torch.cat([linear.weight.detach().float() for linear in ranks.downs]), num_threads=1, is_scaled=True
         )
-        bases = [base_of(layer) for layer in parts[0]]
-        weight, bias = joined(bases)
+        weight, bias = joined([base_of(layer) for layer in parts[0]])
         ups = weight.new_zeros((len(weight), ranks.factors.shape[1]))
         for outputs, columns, linears in ranks.ups:
             ups[outputs, columns] = torch.cat([linear.weight.detach().float() for linear in linears], dim=1)
-        zeros = ups.numel() - sum(linear.weight.numel() for _, _, linears in ranks.ups for linear in linears)
-        apart = len(ranks.ups) == len(bases) and zeros > _A_CALL * (len(bases) - 1)
-        cuts = [(o, r) for o, r, _ in ranks.ups] if apart else [(slice(None), slice(None))]
-        self.matrices = [
-            (
-                columns,
-                Fp16Matrix(
-                    torch.cat([weight[outputs], ups[outputs, columns]], dim=1),
-                    bias[outputs] if bias is not None else None,
-                    num_threads=num_threads,
-                    is_scaled=True,
-                ),
-            )
-            for outputs, columns in cuts
-        ]
-        self.scales = self.down.scale * ranks.factors[:, None]  # [G, 1, R]
-        self.num_bytes = self.down.num_bytes + sum(matrix.num_bytes for _, matrix in self.matrices)
+        self.matrix = Fp16Matrix(torch.cat([weight, ups], dim=1), num_threads=num_threads, is_scaled=True)
+        self.scale = self.matrix.scale
+        self.bias = bias.detach().float() / self.scale if bias is not None else None
+        self.scales = self.down.scale * ranks.factors  # [G, R]
+        self.num_bytes = self.down.num_bytes + self.matrix.num_bytes
+
+    def want_scaled(self) -> float:
+        """From now on inputs are multiplied by what is returned, and outputs are whole."""
+        scale, self.scale = self.scale, 1.0
+        if self.bias is not None:
+            self.bias *= scale
+        return scale
 
     def __call__(self, x: Float[Tensor, "G M I"], member: int | None = None) -> Float[Tensor, "G M O"]:
-        """[G, M, I] to [G, M, O]; with `member` both have one specialist."""
+        """[G, M, I] to [G, M, O], still to be multiplied by `scale`; with `member` both have one specialist."""
         scales = self.scales if member is None else self.scales[member : member + 1]
-        rows = x.reshape(-1, x.shape[-1])
-        lowered = (self.down.unscaled(rows).view(*x.shape[:2], -1) * scales).view(len(rows), -1)
-        found = [matrix(torch.cat([rows, lowered[:, columns]], dim=1)) for columns, matrix in self.matrices]
-        y = found[0] if len(found) == 1 else torch.cat(found, dim=1)
-        return y.view(*x.shape[:2], -1)
+        num_members, num_rows, num_in = x.shape
+        rows = x.reshape(num_members * num_rows, num_in)
+        lowered = self.down.unscaled(rows)
+        lowered.view(num_members, num_rows, -1).mul_(scales[:, None])
+        y = self.matrix.unscaled(torch.cat((rows, lowered), dim=1))
+        if self.bias is not None:
+            y.add_(self.bias)
+        return y.view(num_members, num_rows, -1)
 
 
 def has_adapter(layer: Any) -> bool:

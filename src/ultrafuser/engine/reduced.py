@@ -35,6 +35,7 @@ class HalfProduct:
     """
 
     is_copy = True
+    scale = 1.0
 
     def __init__(
         self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int | None = None, is_scaled: bool = False
@@ -62,6 +63,7 @@ class Int8Product:
     """
 
     is_copy = True
+    scale = 1.0
 
     def __init__(self, parts: Sequence[Sequence[nn.Linear]]) -> None:
         self.packed: list[tuple[Tensor, Tensor, Tensor | None]] = []
@@ -101,6 +103,7 @@ class Int4Product:
     """
 
     is_copy = True
+    scale = 1.0
 
     def __init__(self, parts: Sequence[Sequence[nn.Linear]]) -> None:
         self.packed: list[tuple[Tensor, Tensor, Tensor | None]] = []

@@ -35,6 +35,8 @@ class SharedProduct:
         low_rank: Of the adapters, or None where there are none.
     """
 
+    scale = 1.0
+
     def __init__(self, base: Product, low_rank: LowRank | None) -> None:
         self.base, self.low_rank = base, low_rank
         self.is_copy = base.is_copy
@@ -51,6 +53,14 @@ class SharedProduct:
 
 class SharedStack(LlamaStack):
     """G specialists of one base; see `LlamaStack` for what it takes."""
+
+    def __init__(self, models: Sequence[PreTrainedModel], **options: Any) -> None:
+        super().__init__(models, **options)
+        # A norm multiplies its output by weights anyway: so it can do what the product after it wants.
+        for norms, products in ((self.norm_in, self.qkv), (self.norm_mlp, self.gate_up)):
+            for layer, product in enumerate(products):
+                if isinstance(product, JoinedFp16):
+                    norms[layer] = norms[layer] * product.want_scaled()
 
     def fused_logits(self, hidden: Float[Tensor, "G M H"], weights: Float[Tensor, "M G"]) -> Float[Tensor, "M V"]:
         """Logits of some or all specialists, weighted and added up (Equation 1), of one row of the head for each.

@@ -43,6 +43,7 @@ class Product(Protocol):
 
     num_bytes: int  # of the weights, of the whole group
     is_copy: bool  # the model's own parameters are not needed
+    scale: float  # what outputs are still to be multiplied by
 
     def __call__(self, x: Float[Tensor, "G M I"], member: int | None = None) -> Float[Tensor, "G M O"]:
         """[G, M, I] to [G, M, O]; with `member` both have one specialist."""
@@ -58,6 +59,7 @@ class ExactProduct:
     """
 
     is_copy = False
+    scale = 1.0
 
     def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int) -> None:
         first = parts[0]
@@ -100,6 +102,7 @@ class PackedProduct:
     """
 
     is_copy = False  # the model's parameters are those for one row
+    scale = 1.0
 
     def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int) -> None:
         self.one_row = ExactProduct(parts, num_threads=num_threads)

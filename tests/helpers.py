@@ -27,14 +27,16 @@ VOCAB_SIZE = len(SPECIAL_TOKENS) + 256 + 1
 PAPER_TEMPLATES = ("ultralm", "codellama", "wizardmath")
 
 
-def make_tokenizer(*, swap: tuple[str, str] | None = None) -> PreTrainedTokenizerFast:
-    """One token per byte; `swap` exchanges the ids of two tokens."""
-    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "".join(MERGE)]
+def make_tokenizer(
+    *, swap: tuple[str, str] | None = None, merges: Sequence[tuple[str, str]] = (MERGE,)
+) -> PreTrainedTokenizerFast:
+    """One token per byte, and one for each of the `merges`; `swap` exchanges the ids of two tokens."""
+    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if swap is not None:
         a, b = swap
         vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[MERGE]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(

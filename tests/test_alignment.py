@@ -10,6 +10,7 @@ from ultrafuser.alignment.collate import collate, left_pad, micro_batches
 from ultrafuser.alignment.encode import EncodedRecord, EncodedTurn, Encoder
 from ultrafuser.chat.library import TEMPLATE_NAMES, load_template
 from ultrafuser.chat.messages import Conversation, Message
+from ultrafuser.chat.template import Template
 from ultrafuser.errors import DataError
 
 TOKENIZER = make_tokenizer()
@@ -96,6 +97,41 @@ def test_a_prompt_has_the_tokens_that_training_had_before_the_last_response(
         assert list(row) == batch.specialist_input_ids[0, n, :start][seen].tolist()
 
 
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_no_token_spans_the_border_of_a_response(turns: str):
+    """Written as one text, `:y` of `Assistant:yes` would be one token, and another one in each template."""
+    tokenizer = make_tokenizer(merges=[(end, "y") for end in (":", "]", "Ċ", "Ġ", ">", "n")])
+    encoder = Encoder(tokenizer, [load_template(name) for name in TEMPLATE_NAMES])
+    messages = tuple(Message(role, text) for role, text in (("user", "can"), ("assistant", "yes")) * 2)
+    for template in encoder.templates:
+        text = template.render(messages[:1], bos_token="<s>", eos_token="</s>") + "yes"
+        assert tokenizer(text, add_special_tokens=False)["input_ids"][-3:] != ids("yes"), template.name
+
+    encoded = encoder.encode(messages, id="0", domain="d", turns=turns)
+
+    assert {turn.response for turn in encoded.turns} == {(*ids("yes"), encoder.end_id)}
+    batch = collate([encoded], pad_id=encoder.pad_id)
+    start = len(batch.labels[0]) - len("yes") - 1
+    for n, prompt in enumerate(encoder.encode_prompt(messages[:-1])):
+        seen = batch.specialist_attention_mask[0, n, :start] == 1
+        assert list(prompt) == batch.specialist_input_ids[0, n, :start][seen].tolist()
+
+
+def test_equal_tokens_are_one_object_in_all_records():
+    """Millions of records are in memory as ids: a pointer for each, and not a number of 28 bytes as well."""
+    encoder = make_encoder("ultralm", "chatml")
+    text = "\u00ad\u2003"  # bytes whose ids are beyond the small numbers that Python keeps
+
+    records = [
+        encoder.encode((Message("user", text * i), Message("assistant", text)), id=str(i), domain="d") for i in (1, 2)
+    ]
+
+    tokens = [token for record in records for turn in record.turns for ids in turn.prompts for token in ids]
+    tokens += [token for record in records for turn in record.turns for token in turn.response]
+    assert max(tokens) > 256
+    assert len({id(token) for token in tokens}) == len(set(tokens))
+
+
 def test_a_record_has_no_columns_to_spare():
     encoder = make_encoder("ultralm", "wizardmath")
     conversation = (Message("user", "hi"), Message("assistant", "yes"))
@@ -114,6 +150,15 @@ def test_only_the_last_response_counts_where_asked_for():
 
     assert len(encoded.turns) == 1
     assert encoded.turns[0].prompts == encoder.encode_prompt(conversation[:-1])
+
+
+def test_the_last_response_may_follow_a_history_that_a_template_writes_anew():
+    encoder = Encoder(TOKENIZER, [Template("mine", "{{ messages | length }}{{ messages[-1].content }}>")])
+    conversation = tuple(Message(role, text) for role, text in (("user", "a"), ("assistant", "b")) * 2)
+
+    (turn,) = encoder.encode(conversation, id="0", domain="d", turns="last").turns
+
+    assert turn.prompts == (tuple(ids("3a>")),)
 
 
 @pytest.mark.parametrize("names", [("plain",), ("chatml", "plain")])

@@ -6,7 +6,7 @@ construction (Section 3.1; UltraChat's own trainer tokenises segment by segment 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 from ultrafuser.alignment.plain_text import PlainText
 from ultrafuser.chat.messages import Conversation
 from ultrafuser.chat.template import Template
-from ultrafuser.chat.turns import last_turn, split_prompt, split_turns
-from ultrafuser.errors import DataError
+from ultrafuser.chat.turns import TurnPiece, last_turn, split_prompt, split_turns
+from ultrafuser.errors import DataError, TemplateError
 
 Ids = tuple[int, ...]
 
@@ -75,6 +75,7 @@ class Encoder:
             raise DataError("the tokenizer has no end token (eos_token): set one, so that responses can end")
         self.tokenizer = tokenizer
         self.templates = tuple(templates)
+        self._numbers: dict[int, int] = {}
 
     @cached_property
     def end_id(self) -> int:
@@ -100,23 +101,24 @@ class Encoder:
             DataError: No response, or an empty prompt.
             TemplateError: A template cannot write it, or changes earlier turns.
         """
-        names = self._special_names()
         written = {
-            template: [last_turn(template, conversation, **names)]
-            if turns == "last"
-            else split_turns(template, conversation, **names)
+            template: self._pieces(template, conversation, last=turns == "last")
             for template in dict.fromkeys(self.templates)  # specialists may share a template: it is written once
         }
         pieces = [written[template] for template in self.templates]
         if not pieces[0]:
             raise DataError(f"record {id} has no response: nothing to train on")
+        if turns == "last":
+            rows = [[(row[:-1], row[-1])] for row in pieces]
+        else:
+            rows = [[([], piece) for piece in row] for row in pieces]
         encoded = tuple(
             EncodedTurn(
-                prompts=tuple(self._ids(piece.prompt) for piece in turn),
-                response=(*self._ids(turn[0].response), self.end_id),
-                hides_end=tuple(piece.hides_end for piece in turn),
+                prompts=tuple(self._join(before, piece.prompt, self._ids) for before, piece in turn),
+                response=(*self._ids(turn[0][1].response), self.end_id),
+                hides_end=tuple(piece.hides_end for _, piece in turn),
             )
-            for turn in zip(*pieces, strict=True)
+            for turn in zip(*rows, strict=True)
         )
         for number, turn in enumerate(encoded, start=1):
             self._check_prompts(turn.prompts, f"record {id}, response {number}")
@@ -137,16 +139,28 @@ class Encoder:
         """
         encode = self._plain_ids if plain else self._ids
         conversation = self._plain_text.mark(conversation) if plain else conversation
-        rows = []
-        for template in self.templates:
-            pieces, prompt = split_prompt(template, conversation, **self._special_names())
-            ids: list[int] = []
-            for piece in pieces:
-                end = () if piece.hides_end else (self.end_id,)
-                ids += [*encode(piece.prompt), *encode(piece.response), *end]
-            rows.append((*ids, *encode(prompt)))
+        names = self._special_names()
+        rows = [self._join(*split_prompt(template, conversation, **names), encode) for template in self.templates]
         self._check_prompts(rows, "a conversation to answer")
         return tuple(rows)
+
+    def _pieces(self, template: Template, conversation: Conversation, *, last: bool) -> list[TurnPiece]:
+        """All turns; where the `last` alone counts, that one will do if the template changes those before it."""
+        names = self._special_names()
+        try:
+            return split_turns(template, conversation, **names)
+        except TemplateError:
+            if not last:
+                raise
+            return [last_turn(template, conversation, **names)]
+
+    def _join(self, pieces: Sequence[TurnPiece], prompt: str, encode: Callable[[str], Ids]) -> Ids:
+        """Tokens of answered turns and of the prompt after them, piece by piece in training and in generation."""
+        ids: list[int] = []
+        for piece in pieces:
+            end = () if piece.hides_end else (self.end_id,)
+            ids += [*encode(piece.prompt), *encode(piece.response), *end]
+        return (*ids, *encode(prompt))
 
     def _check_prompts(self, prompts: Sequence[Ids], what: str) -> None:
         for template, prompt in zip(self.templates, prompts, strict=True):
@@ -157,7 +171,9 @@ class Encoder:
                 )
 
     def _ids(self, text: str) -> Ids:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else ()
+        # Equal ids become one object: a token of a record then takes 8 bytes of memory, and not 36.
+        return tuple(map(self._numbers.setdefault, ids, ids))
 
     def _plain_ids(self, text: str) -> Ids:
         return self._plain_text.encode(text, self._ids)

@@ -78,7 +78,8 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast over fp32 master weights
     activation_checkpointing: bool = False
     loss_chunk: PositiveInt = 1024  # response tokens whose logits are held at once, at most
-    # Ours, torch's linear_cross_entropy (torch 2.13) or Liger (a GPU, pip install liger-kernel): the same to rounding.
+    # Ours, torch's linear_cross_entropy (torch 2.13) or Liger (a GPU, pip install liger-kernel): the same to rounding,
+    # but that torch's, in bf16, also adds up the gradient of a head in bf16: in 32 chunks it is 0.7 % off.
     loss_backend: Literal["chunked", "torch", "liger"] = "chunked"
     checkpoint_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2

@@ -132,9 +132,13 @@ def _checkpointed_loss(
     details: bool,
 ) -> TokenLoss:
     """The general way: logits of a chunk are made, used and dropped, and made again in the backward pass."""
+    kind = labels.device.type
+    dtype, is_cast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
 
     def chunk_loss(weights: Tensor, labels: Tensor, *hiddens: Tensor) -> tuple[Tensor, ...]:
-        logits = [head(hidden) for head, hidden in zip(heads, hiddens, strict=True)]
+        # Autocast would keep one copy of a head in bf16, and the gradients of all chunks would be added up in it.
+        with torch.autocast(kind, dtype=dtype, enabled=is_cast, cache_enabled=False):
+            logits = [head(hidden) for head, hidden in zip(heads, hiddens, strict=True)]
         fused = fuse_logits(logits, weights, space)
         nll = F.cross_entropy(fused, labels, reduction="none")
         if not details:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 from typer.testing import CliRunner
 
 from tiny_specialists import make_tokenizer, save_specialist
@@ -105,6 +106,18 @@ def test_a_token_that_differs_is_a_blocker_that_names_it(twins: tuple[Path, Path
 
     assert "is 'a' for specialist 'text' but 'b' for 'code'" in finding.what
     assert "Leave one out" in finding.do
+
+
+def test_a_tokenizer_that_splits_texts_otherwise_is_a_warning(twins: tuple[Path, Path], tmp_path: Path) -> None:
+    """Equal tokens at equal ids, and yet other sequences for the same text."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFD()
+    other = save_specialist(tmp_path / "other", tokenizer=tokenizer)
+
+    report = examine(make_recipe(twins[0], other), machine=BIG)
+
+    assert find(report, "warning", "the tokenizer of code splits a sample text otherwise than that of text")
+    assert not find(examine(make_recipe(*twins), machine=BIG), "warning", "splits a sample text")
 
 
 def test_surplus_rows_are_a_notice(twins: tuple[Path, Path], tmp_path: Path) -> None:

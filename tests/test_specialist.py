@@ -184,6 +184,16 @@ def test_specialists_that_disagree_about_a_token_are_not_fused(tmp_path):
         FusedForCausalLM.from_specialists({"a": tmp_path / "a", "b": tmp_path / "b"})
 
 
+@pytest.mark.parametrize("key", ["eos_token", "bos_token", "pad_token"])
+def test_a_token_of_every_batch_that_no_row_stands_for_is_refused(key: str):
+    """A padding token beyond Llama's 32,000 is never seen, and would fail at the first embedding all the same."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({key: "[NEW]"})
+
+    with pytest.raises(VocabularyError, match=rf"'\[NEW\]', the {key} .* is token {VOCAB_SIZE}, .* set tokenizer"):
+        make_fused(tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_surplus_rows_are_dropped_with_a_notice_and_everything_works_after(tmp_path, caplog, tied: bool):
     """WizardMath has a padding token beyond Llama's 32,000 tokens."""

@@ -1,7 +1,9 @@
 """The training loop: what a step computes, what it changes, and what it reports (Algorithm 1, Appendix B)."""
 
 import math
+import tracemalloc
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from training_helpers import (
     untimed_metrics,
 )
 from ultrafuser.config.training import StageConfig
-from ultrafuser.errors import TrainingError
+from ultrafuser.errors import TrainingError, VocabularyError
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.train.loop import COMPOSED, Loop
 from ultrafuser.train.optimizer import learning_rate_factor
+from ultrafuser.train.phase import hash_records
 from ultrafuser.train.signals import StopRequest
 from ultrafuser.train.tracking.metrics import read_metrics
 
@@ -259,6 +262,36 @@ def test_the_gate_can_have_a_learning_rate_of_its_own(tmp_path: Path):
 def test_a_stage_with_nothing_to_train_is_refused(tmp_path: Path, options: Mapping[str, Any]):
     with pytest.raises(TrainingError, match="nothing to train"):
         Loop(make_phase(tmp_path, model=make_fused(**options)))
+
+
+@pytest.mark.parametrize("where", ["prompts", "response"])
+def test_a_record_with_a_token_that_not_all_specialists_have_is_named(tmp_path: Path, where: str):
+    phase = make_phase(tmp_path)
+    size = phase.model.config.vocab_size
+    record = phase.records["code"][3]
+    turn = record.turns[0]
+    ids = (turn.prompts[0], (1, size)) if where == "prompts" else (*turn.response, size)
+    phase.records["code"][3] = replace(record, turns=(replace(turn, **{where: ids}),))  # type: ignore[index]
+
+    with pytest.raises(VocabularyError, match=rf"record code:{record.id[:12]} has token {size}, .* set tokenizer"):
+        Loop(phase)
+
+
+def test_the_hash_of_records_sees_every_token_and_makes_no_text_of_all(tmp_path: Path):
+    """Processes compare it before each phase: a text of all records would be several times as large as they are."""
+    record = make_phase(tmp_path).records["code"][3]
+    turn = record.turns[0]
+    others = [replace(turn, response=(*turn.response, 7)), replace(turn, prompts=turn.prompts[::-1])]
+    many = [record] * 2000
+
+    tracemalloc.start()
+    expected = hash_records({"code": many})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < len(repr(many)) / 20
+    for other in others:
+        assert hash_records({"code": [*many[1:], replace(record, turns=(other,))]}) != expected
 
 
 def test_weights_kept_in_half_precision_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -18,7 +18,7 @@ from ultrafuser.model.backbone import check_backbone
 from ultrafuser.model.configuration import FusedConfig, check_name
 from ultrafuser.model.shared_base import check_shared, find_base, load_shared
 from ultrafuser.model.specialist import load_specialist, load_tokenizer, parse_source
-from ultrafuser.model.vocabulary import check_vocabularies, trim_vocabulary
+from ultrafuser.model.vocabulary import check_special_tokens, check_vocabularies, trim_vocabulary
 
 if TYPE_CHECKING:
     from ultrafuser.model.fused import FusedForCausalLM
@@ -53,7 +53,7 @@ def build_fused(
     Raises:
         ConfigError: No specialists, or names or options that cannot be used.
         ModelError: A specialist cannot be loaded or fused.
-        VocabularyError: A token differs between specialists.
+        VocabularyError: A token differs between specialists, or one that the tokenizer always writes has no row.
     """
     if not specialists:
         raise ConfigError("a fused model needs at least one specialist")
@@ -104,6 +104,7 @@ def fuse_models(
 ) -> Any:
     """Fuse models that are loaded, checked and cut to the `rows` of the vocabulary that all have."""
     tokenizer = tokenizer if tokenizer is not None else next(iter(tokenizers.values()), None)
+    check_special_tokens(tokenizer, size=rows)
     chosen = resolve_templates(templates, list(models), tokenizer, tokenizers)
     config = FusedConfig(
         specialists=[{"name": name, "config": model.config} for name, model in models.items()],

@@ -48,6 +48,25 @@ def check_vocabularies(tokenizers: Mapping[str, Any], *, size: int | None = None
     return common
 
 
+def check_special_tokens(tokenizer: Any, *, size: int) -> None:
+    """Refuse a shared tokenizer whose end, beginning or padding every batch would hold and no specialist could read.
+
+    Args:
+        tokenizer: The shared one.
+        size: Rows that all heads share.
+
+    Raises:
+        VocabularyError: Names the token and what to do.
+    """
+    for key in ("eos_token", "bos_token", "pad_token"):
+        index = getattr(tokenizer, f"{key}_id", None)
+        if index is not None and index >= size:
+            raise VocabularyError(
+                f"{getattr(tokenizer, key)!r}, the {key} of the shared tokenizer, is token {index}, but the "
+                f"specialists share {size}: set tokenizer in the recipe to one of {size} tokens"
+            )
+
+
 def trim_vocabulary(specialists: Mapping[str, PreTrainedModel], *, size: int | None = None) -> int:
     """Cut every specialist to the rows all have, in place, with a notice for each that loses some.
 

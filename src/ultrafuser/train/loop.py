@@ -41,7 +41,14 @@ from ultrafuser.train.parallel.checkpoint import load_shards, write_shards
 from ultrafuser.train.parallel.single import Single
 from ultrafuser.train.parallel.strategy import Share, Strategy
 from ultrafuser.train.parallel.world import World, lost_peer
-from ultrafuser.train.phase import Phase, choose_parameters, describe_weights, hash_phase, join_weights
+from ultrafuser.train.phase import (
+    Phase,
+    check_tokens,
+    choose_parameters,
+    describe_weights,
+    hash_phase,
+    join_weights,
+)
 from ultrafuser.train.signals import StopRequest
 from ultrafuser.train.sums import Sums
 
@@ -61,6 +68,7 @@ class Loop:
         CheckpointError: The checkpoints there were made with other settings, or the disk refuses.
         TrainingError: The loss or the gradient is no longer finite; names the records of the batch. Or another process
             ended.
+        VocabularyError: A record has a token that not every specialist has.
     """
 
     def __init__(self, phase: Phase, strategy: Strategy | None = None) -> None:
@@ -69,6 +77,7 @@ class Loop:
         self.strategy: Strategy = strategy if strategy is not None else Single(World(device=phase.model.device))
         self.world = self.strategy.world
         self.device = self.world.device
+        check_tokens(phase)
         trained = choose_parameters(phase.model, train_specialists=phase.stage.train_specialists, only=phase.trained)
         self._weights = describe_weights(phase.model, trained)
         self.trained = self.strategy.prepare(phase.model, trained)

@@ -15,7 +15,7 @@ from torch import nn
 from ultrafuser.alignment.encode import EncodedRecord, Encoder
 from ultrafuser.config.training import StageConfig, TrainConfig
 from ultrafuser.data.records import Record
-from ultrafuser.errors import ConfigError, TrainingError
+from ultrafuser.errors import ConfigError, TrainingError, VocabularyError
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.lora import has_adapter, is_adapter
 from ultrafuser.train.observers import Observers
@@ -93,6 +93,33 @@ def choose_parameters(
             ", ".join(sorted(rounded)),
         )
     return trained
+
+
+def check_tokens(phase: Phase) -> None:
+    """Refuse records with tokens that not every specialist has.
+
+    Raises:
+        VocabularyError: Says which token of which record, and what to do.
+    """
+    size = phase.model.config.vocab_size
+    for records in (*phase.records.values(), *phase.validation.values()):
+        for record in records:
+            highest = max(max(ids, default=-1) for turn in record.turns for ids in (*turn.prompts, turn.response))
+            if highest >= size:
+                raise VocabularyError(
+                    f"{phase.name}: record {record.domain}:{record.id[:12]} has token {highest}, but the specialists "
+                    f"share the tokens from 0 to {size - 1}: set tokenizer in the recipe to one of {size} tokens, or "
+                    "take the record out"
+                )
+
+
+def hash_records(records: Mapping[str, Sequence[EncodedRecord]]) -> str:
+    """Hash of every token of every domain, taken record by record: one text of all would need more memory than they."""
+    digest = hashlib.sha256()
+    for domain, some in records.items():
+        for record in some:
+            digest.update(repr((domain, record.id, record.turns)).encode())
+    return digest.hexdigest()
 
 
 def describe_weights(model: FusedForCausalLM, trained: Mapping[str, nn.Parameter]) -> dict[str, int | None]:

@@ -33,6 +33,7 @@ from ultrafuser.train.parallel.fsdp import FullyShard
 from ultrafuser.train.parallel.specialist import SpecialistParallel
 from ultrafuser.train.parallel.strategy import Strategy
 from ultrafuser.train.parallel.world import World
+from ultrafuser.train.phase import hash_records
 from ultrafuser.train.pipeline import Trainer
 
 
@@ -122,8 +123,7 @@ class ParallelTrainer(Trainer):
         """Train all specialists and gate as a stage wants it, from where the phases before have left them."""
         with self.world.together():
             data = self._encode_domains(Encoder(self.tokenizer, self._templates(specialists)), domains)
-        tokens = [[record.id, record.turns] for records in data.records.values() for record in records]
-        self.world.agree("data", repr(tokens))
+        self.world.agree("data", hash_records(data.records))
         strategy = self.strategy(list(specialists))
         with self.world.in_turn():
             model = self._build_after(specialists, after or {}, strategy.loads(list(specialists)))

@@ -75,6 +75,12 @@ def make_trainer(
         seed=seed,
         **{"logging_steps": 1, "report_to": "none", "save_strategy": "no", **options},
     )
+    drawn_at_once = arguments.train_batch_size * arguments.world_size * pieces
+    if drawn_at_once != drawn.batch_size:  # accelerate deals whole batches to processes, and makes longer ones for GPUs
+        raise SystemExit(
+            f"several processes or GPUs would draw {drawn_at_once} records in a step instead of {drawn.batch_size}: "
+            "show one GPU (CUDA_VISIBLE_DEVICES), or run ultrafuser train"
+        )
     return Trainer(model=model, args=arguments, train_dataset=drawn, data_collator=Collator(pad_id))
 
 

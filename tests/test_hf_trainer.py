@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from training_helpers import make_fused, make_phase, parameters, untimed_metrics, write_ingredients
 from ultrafuser.alignment.collate import collate
@@ -118,6 +118,17 @@ def test_records_are_drawn_as_our_loop_draws_them(tmp_path: Path):
     composed = Sampler({"text": 6, "code": 5}, records_per_domain=2, seed=0, composed_share=0.5)
     with pytest.raises(ConfigError, match="set composed_share to 0"):
         DrawnRecords(phase.records, composed, steps=4)
+
+
+@pytest.mark.parametrize(("several", "number"), [("world_size", 2), ("n_gpu", 4)])
+def test_several_processes_or_gpus_are_refused(
+    tmp_path: Path, example: Any, monkeypatch: pytest.MonkeyPatch, several: str, number: int
+):
+    """Each would be dealt whole batches of its own, so a step would see as many times more records than it should."""
+    monkeypatch.setattr(TrainingArguments, several, property(lambda _: number))
+
+    with pytest.raises(SystemExit, match=rf"{4 * number} records in a step instead of 4: .* ultrafuser train"):
+        by_trainer(example, tmp_path, STAGES["stage1"], 1)
 
 
 def test_the_example_trains_a_stage_of_a_recipe(tmp_path: Path, example: Any, monkeypatch: pytest.MonkeyPatch):

@@ -119,6 +119,20 @@ def test_a_batch_equals_its_rows():
     assert_near(both.loss, sum(a * n for a, n in zip(losses, tokens, strict=True)) / sum(tokens))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_texts_that_positions_pack_into_one_row_do_not_see_each_other(training: bool):
+    """A specialist asked for a cache, which is the default outside training, would read across the border."""
+    model = make_fused(templates=None).train(training)
+    first, second = torch.randint(5, VOCAB_SIZE, (1, 5)), torch.randint(5, VOCAB_SIZE, (1, 4))
+    positions = torch.tensor([[*range(5), *range(4)]])
+
+    packed = model(input_ids=torch.cat([first, second], dim=1), position_ids=positions)
+
+    apart = [model(input_ids=ids) for ids in (first, second)]
+    assert_near(packed.logits, torch.cat([output.logits for output in apart], dim=1))
+    assert_near(packed.gate_weights, torch.cat([output.gate_weights for output in apart], dim=1))
+
+
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_the_size_of_loss_chunks_changes_neither_loss_nor_gradients(chunk: int):
     model = make_fused(make_mixed())

@@ -59,6 +59,18 @@ def test_every_record_is_drawn_once_an_epoch(sizes: dict[str, int], per_domain: 
         assert max(counts) - min(counts) <= 1
 
 
+def test_an_epoch_does_not_repeat_the_order_of_another():
+    sampler = Sampler({"text": 10, "code": 10}, records_per_domain=5, seed=0)
+
+    epochs = [
+        tuple(draw.index for draw in draws(sampler, range(start, start + 2)) if draw.domain == "text")
+        for start in (0, 2, 4)
+    ]
+
+    assert len(set(epochs)) == 3
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+
+
 @settings(max_examples=30, deadline=None)
 @given(sizes=sizes, share=st.floats(0, 1), start=st.integers(0, 50))
 def test_a_composed_share_keeps_the_batch_size_and_the_balance(sizes: dict[str, int], share: float, start: int):

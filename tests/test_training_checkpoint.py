@@ -12,6 +12,7 @@ import torch
 
 from training_helpers import changed, make_fused, make_phase, parameters, untimed_metrics
 from ultrafuser import files
+from ultrafuser.data.sampler import Draw
 from ultrafuser.errors import CheckpointError
 from ultrafuser.train import checkpoint as checkpoint_module
 from ultrafuser.train.checkpoint import Checkpoint, find_damage, list_checkpoints, read_newest, write_checkpoint
@@ -205,6 +206,24 @@ def test_training_past_a_damaged_checkpoint_ends_the_same(tmp_path: Path, damage
     metrics = [untimed_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "broken")]
     assert metrics[0] == metrics[1]
     assert find_damage(tmp_path / "broken" / "checkpoints" / "step-00000004") is None
+
+
+def test_going_on_in_a_later_epoch_draws_what_comes_there_and_not_the_first_epoch_again(tmp_path: Path):
+    phase = make_phase(tmp_path, sizes={"text": 3, "code": 3})
+    loop = Loop(phase)
+    loop.run()
+    assert all(loop.sampler.batch(step) != loop.sampler.batch(step + 2) for step in (0, 1))
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000004")
+
+    again = make_phase(tmp_path, sizes={"text": 3, "code": 3})
+    resumed = Loop(again)
+    drawn: list[Draw] = []
+    record = resumed._record
+    resumed._record = lambda draw: drawn.append(draw) or record(draw)  # type: ignore[method-assign,func-returns-value]
+    resumed.run()
+
+    assert drawn == [draw for step in (2, 3) for draw in loop.sampler.batch(step)]
+    assert changed(parameters(phase.model), again.model) == set()
 
 
 @pytest.mark.parametrize(

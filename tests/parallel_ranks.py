@@ -113,6 +113,15 @@ def run_phases(folder: Path, runs: Mapping[str, Mapping[str, Any]], **_: Any) ->
             world.barrier()
 
 
+def run_slow(folder: Path, timeout_s: float, takes_s: float, **_: Any) -> None:
+    """The first process is busy alone for so long."""
+    del folder
+    with begin_world("cpu", timeout_s=timeout_s) as world:
+        with world.together():
+            time.sleep(takes_s * world.is_main)
+        assert world.gather(world.rank) == [*range(world.size)]
+
+
 def untie(model: Any) -> None:
     """Give every specialist a head of its own, of other values than its embedding."""
     for specialist in model.specialists.values():
@@ -132,7 +141,7 @@ def run_command(
     run()
 
 
-JOBS: dict[str, Callable[..., None]] = {"phases": run_phases, "command": run_command}
+JOBS: dict[str, Callable[..., None]] = {"phases": run_phases, "command": run_command, "slow": run_slow}
 
 
 def _serve() -> None:

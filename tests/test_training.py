@@ -268,13 +268,13 @@ def test_a_stage_with_nothing_to_train_is_refused(tmp_path: Path, options: Mappi
 def test_a_record_with_a_token_that_not_all_specialists_have_is_named(tmp_path: Path, where: str):
     phase = make_phase(tmp_path)
     size = phase.model.config.vocab_size
-    record = phase.records["code"][3]
+    *others, record = phase.records["code"]
     turn = record.turns[0]
-    ids = (turn.prompts[0], (1, size)) if where == "prompts" else (*turn.response, size)
-    phase.records["code"][3] = replace(record, turns=(replace(turn, **{where: ids}),))  # type: ignore[index]
+    change: dict[str, Any] = {where: (turn.prompts[0], (1, size)) if where == "prompts" else (*turn.response, size)}
+    records = {**phase.records, "code": [*others, replace(record, turns=(replace(turn, **change),))]}
 
     with pytest.raises(VocabularyError, match=rf"record code:{record.id[:12]} has token {size}, .* set tokenizer"):
-        Loop(phase)
+        Loop(replace(phase, records=records))
 
 
 def test_the_hash_of_records_sees_every_token_and_makes_no_text_of_all(tmp_path: Path):

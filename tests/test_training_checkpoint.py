@@ -12,6 +12,7 @@ import torch
 
 from training_helpers import changed, make_fused, make_phase, parameters, untimed_metrics
 from ultrafuser import files
+from ultrafuser.alignment.encode import EncodedRecord
 from ultrafuser.data.sampler import Draw
 from ultrafuser.errors import CheckpointError
 from ultrafuser.train import checkpoint as checkpoint_module
@@ -208,7 +209,9 @@ def test_training_past_a_damaged_checkpoint_ends_the_same(tmp_path: Path, damage
     assert find_damage(tmp_path / "broken" / "checkpoints" / "step-00000004") is None
 
 
-def test_going_on_in_a_later_epoch_draws_what_comes_there_and_not_the_first_epoch_again(tmp_path: Path):
+def test_going_on_in_a_later_epoch_draws_what_comes_there_and_not_the_first_epoch_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     phase = make_phase(tmp_path, sizes={"text": 3, "code": 3})
     loop = Loop(phase)
     loop.run()
@@ -219,7 +222,12 @@ def test_going_on_in_a_later_epoch_draws_what_comes_there_and_not_the_first_epoc
     resumed = Loop(again)
     drawn: list[Draw] = []
     record = resumed._record
-    resumed._record = lambda draw: drawn.append(draw) or record(draw)  # type: ignore[method-assign,func-returns-value]
+
+    def note(draw: Draw) -> EncodedRecord:
+        drawn.append(draw)
+        return record(draw)
+
+    monkeypatch.setattr(resumed, "_record", note)
     resumed.run()
 
     assert drawn == [draw for step in (2, 3) for draw in loop.sampler.batch(step)]

@@ -301,6 +301,13 @@ def test_a_disk_that_refuses_a_part_ends_all_and_loses_nothing(server: RankServe
     assert not list((tmp_path / "run").glob("*/checkpoints/.p*"))
 
 
+def test_what_one_process_does_alone_may_take_longer_than_a_step_may_wait(server: RankServer, tmp_path: Path):
+    """As where one encodes its data more slowly than the others, or the first one writes the model."""
+    ended = server.run("slow", tmp_path, 2, timeout_s=2.0, takes_s=3.0)
+
+    assert [rank.code for rank in ended] == [0, 0], ended
+
+
 def test_processes_that_do_not_come_are_one_line(monkeypatch: pytest.MonkeyPatch):
     set_environment(monkeypatch, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_PORT=str(free_port()))
 

@@ -171,9 +171,9 @@ class Encoder:
                 )
 
     def _ids(self, text: str) -> Ids:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else ()
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         # Equal ids become one object: a token of a record then takes 8 bytes of memory, and not 36.
-        return tuple(map(self._numbers.setdefault, ids, ids))
+        return tuple([self._numbers.setdefault(index, index) for index in ids])
 
     def _plain_ids(self, text: str) -> Ids:
         return self._plain_text.encode(text, self._ids)

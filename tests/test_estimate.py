@@ -21,7 +21,13 @@ from ultrafuser.config.recipe import Recipe
 from ultrafuser.errors import ConfigError, ModelError, UltrafuserError
 from ultrafuser.train.estimate.advice import find_remedies, with_settings
 from ultrafuser.train.estimate.devices import Devices, parse_devices
-from ultrafuser.train.estimate.estimate import Ingredients, PhaseEstimate, estimate_phases, gather_ingredients
+from ultrafuser.train.estimate.estimate import (
+    Ingredients,
+    PhaseEstimate,
+    estimate_phases,
+    gather_ingredients,
+    measure_files,
+)
 from ultrafuser.train.estimate.run import estimate_recipe
 from ultrafuser.train.estimate.shapes import read_shape
 from ultrafuser.train.pipeline import Trainer
@@ -226,6 +232,20 @@ def test_settings_save_what_they_are_for(paper: Recipe, paper_ingredients: Ingre
     # Each device holds a half of one specialist, as much as a sixth of three.
     kept, shared = split["stage2"].memory.parts, whole["stage2"].memory.parts
     assert kept["optimizer"] == pytest.approx(shared["optimizer"], rel=0.01)
+
+
+def test_of_adapters_the_disk_gets_adapters_alone(
+    small: Recipe, small_ingredients: Ingredients, tmp_path: Path
+) -> None:
+    """A fused model with adapters keeps no copy of the weights below; here beside a run that is really done."""
+    recipe = with_settings(small, ["stage2.lora.rank=2"]).model_copy(update={"output": tmp_path / "run"})
+    expected = measure_files(recipe, gather_ingredients(recipe)).model
+
+    target = Trainer(recipe).run()
+
+    found = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
+    assert found == pytest.approx(expected, rel=0.1)
+    assert expected < 0.5 * measure_files(small, small_ingredients).model
 
 
 @pytest.mark.parametrize(

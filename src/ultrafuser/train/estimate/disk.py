@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ultrafuser.config.recipe import Recipe
+from ultrafuser.config.training import LoraConfig
 from ultrafuser.model.lean import SpecialistFacts
 from ultrafuser.model.memory import ITEM_BYTES
 from ultrafuser.train.estimate.batches import PhasePlan
@@ -47,7 +48,7 @@ class Disk:
 def measure_disk(recipe: Recipe, shapes: Sequence[Shape], phases: Sequence[PhasePlan]) -> Disk:
     """What a run writes."""
     each = ITEM_BYTES[recipe.dtype]
-    sizes = {shape.name: shape.num_parameters * each for shape in shapes}
+    tuned = {name: source.tune for name, source in recipe.specialists.items() if source.tune is not None}
     gate = 4 * gate_parameters(shapes, recipe)
     single = {phase.name: SAVED_COPIES * _trained(shapes, phase, gate, each) for phase in phases}
     kept = {
@@ -62,11 +63,28 @@ def measure_disk(recipe: Recipe, shapes: Sequence[Shape], phases: Sequence[Phase
     return Disk(
         checkpoints=kept,
         writing=max(single.values()),
-        specialists=sum(size for name, size in sizes.items() if recipe.specialists[name].tune is not None),
-        model=(sum(sizes.values()) if whole else 0) + gate,
+        specialists=sum(_weights(shape, tuned[shape.name].lora, each) for shape in shapes if shape.name in tuned),
+        model=gate + (_model(recipe, shapes, phases, each) if whole else 0),
         hidden_states=_hidden_bytes(recipe, shapes, stage1) if has_cache and stage1 is not None else 0,
         hidden_limit=int(cached.disk_gb * GB) if has_cache else None,
     )
+
+
+def _weights(shape: Shape, lora: LoraConfig | None, each: int) -> int:
+    return shape.num_parameters * each if lora is None else 4 * shape.adapter_parameters(lora)
+
+
+def _model(recipe: Recipe, shapes: Sequence[Shape], phases: Sequence[PhasePlan], each: int) -> int:
+    """Specialists of the fused model; of those with adapters, which are not merged, the adapters alone.
+
+    Adapters that were there before count as nothing: their size is not known without reading them.
+    """
+    trained = [phase.stage.lora for phase in phases if phase.name in ("stage1", "stage2") and phase.stage.lora]
+    if not (trained or recipe.shared_base):
+        return sum(_weights(shape, None, each) for shape in shapes)
+    tuned = {name: source.tune.lora for name, source in recipe.specialists.items() if source.tune is not None}
+    adapters = {shape.name: trained[-1] if trained else tuned.get(shape.name) for shape in shapes}
+    return sum(_weights(shape, lora, each) for shape in shapes if (lora := adapters[shape.name]) is not None)
 
 
 def _trained(shapes: Sequence[Shape], phase: PhasePlan, gate: int, each: int) -> int:

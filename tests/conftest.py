@@ -1,5 +1,6 @@
 """Every test runs offline, seeded, on one thread, with shapes and types checked at each call."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,23 +20,33 @@ jaxtyping.install_import_hook("ultrafuser", "typechecker.check_calls")
 torch.set_num_threads(1)
 
 
-# Files that take a minute and more. They come first, so that no process is left with one of them while others idle.
+# Files that take a minute, or nearly. They come first, so that no process is left with one of them while others idle.
 LONGEST = (
-    "test_vllm_",
+    "test_compare",
+    "test_demo_run",
+    "test_engine_parallel",
+    "test_evaluate_run",
+    "test_page_browser",
+    "test_resume",
+    "test_server_process",
+    "test_specialist",
+    "test_synthesis_kill",
+    "test_training_hidden",
     "test_training_parallel",
     "test_training_specialist",
-    "test_synthesis_kill",
-    "test_server_soak",
-    "test_sandbox_attacks",
-    "test_demo_run",
-    "test_page_browser",
-    "test_compare",
+    "test_vllm_",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, else in the order of their names."""
     items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """What imports have made stays: every search for garbage, which each examined model asks for, passes it over."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> str:

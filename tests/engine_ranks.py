@@ -1,6 +1,7 @@
 """What every rank of test_engine_parallel.py runs, and the plays that one process runs, too.
 
-RANK=0 WORLD_SIZE=3 MASTER_ADDR=... MASTER_PORT=... python tests/engine_ranks.py FOLDER PLAY...
+python tests/engine_ranks.py '[["FOLDER", ["MODEL:PLAY,PLAY", ...]], ...]' imports once and forks three ranks for each
+folder, all launches side by side.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from ultrafuser.engine.runner import Runner
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.generation import SamplingParams
 
+NUM_RANKS = 3
 OPTIONS = EngineOptions(max_context=CONTEXT, max_choices=4, drafts=("lookup", "self"), max_draft_choices=0, chunk=16)
 MIX = (
     greedy(7, 21, 12, seed=1, max_tokens=14, ignore_end=True),
@@ -121,7 +125,7 @@ def _lose(engine: Engine, how: signal.Signals) -> list[Any]:
     engine.add(MIX[2], heard)
     for _ in range(8):
         engine.step()
-    pid = int((Path(sys.argv[1]) / "pid-2").read_text())
+    pid = int(Path("pid-2").read_text())
     os.kill(pid, how)
     start = time.monotonic()
     errors = [_failure(lambda: finish(engine)), _failure(lambda: finish(engine))]
@@ -163,30 +167,61 @@ PLAYS: dict[str, Callable[[Engine], list[Any]]] = {
 }
 
 
-def main() -> None:
+def run_jobs(rank: int, jobs: Sequence[str]) -> None:
     """Each play on a model of its own folder: MODEL:PLAY,PLAY."""
-    folder = Path(sys.argv[1])
-    rank = int(os.environ["RANK"])
-    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    Path(f"pid-{rank}").write_text(str(os.getpid()))
     results: dict[str, Any] = {}
     join_ranks(timeout_s=60.0)  # and not once for each model
-    for job in sys.argv[2:]:
+    for job in jobs:
         model, _, plays = job.partition(":")
         if "memory" in plays and rank == 1:
             _fail_once()
         try:
-            engine = run_rank(str(folder / model), OPTIONS, timeout_s=2.0 if "hung" in plays else 60.0)
+            engine = run_rank(model, OPTIONS, timeout_s=2.0 if "hung" in plays else 60.0)
         except UltrafuserError as error:
-            (folder / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
-            sys.exit(3)
+            Path(f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
+            return
         if engine is None:
             continue
         for play in plays.split(","):
             results[f"{model}:{play}"] = PLAYS[play](engine)
-        (folder / "results.json").write_text(json.dumps(results))
+        Path("results.json").write_text(json.dumps(results))
         close_ranks(engine)
     dist.destroy_process_group()
 
 
+def fork_ranks(folder: str, jobs: Sequence[str]) -> list[int]:
+    """Start the ranks of one launch; their process ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    children = []
+    for rank in range(NUM_RANKS):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS), "GLOO_SOCKET_IFNAME": "lo"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            _run_child(folder, rank, jobs)
+        children.append(child)
+    return children
+
+
+def _run_child(folder: str, rank: int, jobs: Sequence[str]) -> None:
+    try:
+        os.chdir(folder)
+        log = os.open(f"log-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        run_jobs(rank, jobs)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(0)
+
+
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    children = [child for folder, jobs in json.loads(sys.argv[1]) for child in fork_ranks(folder, jobs)]
+    for child in children:
+        os.waitpid(child, 0)

@@ -5,9 +5,10 @@ Two launches of three processes play everything (engine_ranks.py); the same play
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from engine_helpers import assert_answers, greedy, run
-from engine_ranks import MIX, OPTIONS, PLAYS
+from engine_ranks import MIX, NUM_RANKS, OPTIONS, PLAYS
 from helpers import PAPER_TEMPLATES, make_fused, make_mixed, make_model, make_tokenizer, make_trio, save_specialist
 from ultrafuser.engine.engine import EngineOptions
 from ultrafuser.engine.load import load_engine
@@ -29,7 +30,6 @@ from ultrafuser.engine.shard import KeptRows
 from ultrafuser.errors import ConfigError, ModelError
 from ultrafuser.model.checkpoint import save_fused
 
-NUM_RANKS = 3
 MAIN = (
     "trio:mix,joins,count,drafts",
     "mixed:mix,joins",
@@ -77,37 +77,29 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def launches(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Launch, Launch]:
+def launches(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Launch]:
     """The plays, whose last loses a killed rank, and another one that loses a rank which hangs."""
-    started = [start(tmp_path_factory.mktemp("ranks"), models, jobs) for jobs in (MAIN, ("trio:hung",))]
-    first, second = (wait(*one) for one in started)
-    return first, second
-
-
-def start(folder: Path, models: Path, jobs: tuple[str, ...]) -> tuple[Path, list[subprocess.Popen[bytes]]]:
-    for model in models.iterdir():
-        (folder / model.name).symlink_to(model)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(NUM_RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, str(Path(__file__).with_name("engine_ranks.py")), str(folder), *jobs]
-    processes = []
-    for rank in range(NUM_RANKS):
-        environment = {**os.environ, **shared, "RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
-        with (folder / f"log-{rank}").open("wb") as output:
-            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
-    return folder, processes
-
-
-def wait(folder: Path, processes: list[subprocess.Popen[bytes]]) -> Launch:
+    jobs = {tmp_path_factory.mktemp("ranks"): played for played in (MAIN, ("trio:hung",))}
+    for folder in jobs:
+        for model in models.iterdir():
+            (folder / model.name).symlink_to(model)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    command = [sys.executable, str(Path(__file__).with_name("engine_ranks.py"))]
+    command.append(json.dumps([(str(folder), played) for folder, played in jobs.items()]))
+    ranks = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        for process in processes:
-            process.wait(timeout=240)
+        ranks.wait(timeout=240)
     finally:
-        for process in processes:
-            process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(ranks.pid, signal.SIGKILL)
+    return [read_launch(folder) for folder in jobs]
+
+
+def read_launch(folder: Path) -> Launch:
     logs = "\n".join((folder / f"log-{rank}").read_text()[-3000:] for rank in range(NUM_RANKS))
     assert (folder / "results.json").is_file(), logs
     errors = {rank: (folder / f"error-{rank}").read_text() for rank in range(3) if (folder / f"error-{rank}").is_file()}
@@ -115,7 +107,7 @@ def wait(folder: Path, processes: list[subprocess.Popen[bytes]]) -> Launch:
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_ranks_answer_as_one_process_does(launches: tuple[Launch, Launch], models: Path, name: str):
+def test_ranks_answer_as_one_process_does(launches: list[Launch], models: Path, name: str):
     """Tokens, weights, reasons and log-probabilities, with joins, leaves and cancellations."""
     model, _, play = name.partition(":")
     actual = launches[0].results[name]
@@ -130,7 +122,7 @@ def test_ranks_answer_as_one_process_does(launches: tuple[Launch, Launch], model
             torch.testing.assert_close(_numbers(ours[part]), _numbers(theirs[part]), rtol=1e-4, atol=1e-5)
 
 
-def test_a_token_costs_one_sum_and_one_message(launches: tuple[Launch, Launch]):
+def test_a_token_costs_one_sum_and_one_message(launches: list[Launch]):
     one, three = launches[0].results["trio:count"]
 
     assert one[:2] == [14, 14]  # a request of fourteen tokens
@@ -138,7 +130,7 @@ def test_a_token_costs_one_sum_and_one_message(launches: tuple[Launch, Launch]):
     assert sums == messages == steps == 18  # three of them: a first token each, and the steps of the batch
 
 
-def test_a_rank_without_memory_ends_what_runs_and_the_engine_goes_on(launches: tuple[Launch, Launch]):
+def test_a_rank_without_memory_ends_what_runs_and_the_engine_goes_on(launches: list[Launch]):
     error, answer = launches[0].results["trio:memory"]
 
     assert error.startswith("OutOfMemoryError: rank 1 with specialist 'code'")
@@ -146,9 +138,7 @@ def test_a_rank_without_memory_ends_what_runs_and_the_engine_goes_on(launches: t
 
 
 @pytest.mark.parametrize(("number", "play"), [(0, "killed"), (1, "hung")])
-def test_a_lost_rank_ends_the_engine_with_one_error_that_names_it(
-    launches: tuple[Launch, Launch], number: int, play: str
-):
+def test_a_lost_rank_ends_the_engine_with_one_error_that_names_it(launches: list[Launch], number: int, play: str):
     first, second, seconds, num_tokens = launches[number].results[f"trio:{play}"]
 
     assert first.startswith("ModelError: rank 2 with specialist 'math' is gone or hangs")

@@ -4,6 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=$PWD/.venv/bin/python
+# Some images forbid it; but compiled once, the package and the checks of its calls load 7 s sooner in each process.
+unset PYTHONDONTWRITEBYTECODE
 step() { printf '\n== %s\n' "$*"; }
 
 step format

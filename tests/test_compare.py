@@ -1,6 +1,7 @@
 """The comparison: what is made, what is skipped and why, what a second run costs, what the table says."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,16 @@ from ultrafuser.compare.table import markdown_table
 from ultrafuser.compare.workshop import Workshop
 from ultrafuser.config.recipe import Recipe
 from ultrafuser.errors import ConfigError, DataError
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_timed_tokens() -> Iterator[None]:
+    """Every model is timed while it answers; how long the answers are is no matter here."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(compare_run, "TIMED_TOKENS", 3)
+    yield
+    patch.undo()
+
 
 TUNE = {"steps": 2, "learning_rate": 1e-2, "records_per_domain": 2, "warmup_steps": 0}
 

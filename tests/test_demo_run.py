@@ -3,10 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ultrafuser.analysis.results import Results, read_results
+from ultrafuser.demo import ingredients
 from ultrafuser.demo import recipe as demo_recipe
 from ultrafuser.demo import run as demo_run
 from ultrafuser.demo.run import run_demo
@@ -28,11 +30,19 @@ DOMAINS = ["text", "code", "math", "mixed"]
 
 @pytest.fixture(scope="module")
 def short_demo() -> Iterator[None]:
-    """Two steps of everything, three questions of each domain."""
+    """Two steps of everything, three questions of each domain, models of one layer."""
+
+    def untrained_model(tokenizer: Any, seed: int) -> Any:
+        model = ingredients.untrained_model(tokenizer, seed)
+        del model.model.layers[1:]
+        model.config.num_hidden_layers = 1
+        return model
+
     few = {"steps": 2, "records_per_domain": 2, "warmup_steps": 1}
     patch = pytest.MonkeyPatch()
     patch.setattr(demo_run, "BASE", demo_run.BASE.model_copy(update=few))
     patch.setattr(demo_run, "FURTHER", demo_run.FURTHER.model_copy(update=few))
+    patch.setattr(demo_run, "untrained_model", untrained_model)
     patch.setattr(demo_run, "ITEMS_PER_DOMAIN", 120)
     patch.setattr(demo_run, "TEST_ITEMS", 3)
     for name in ("TUNE", "STAGE1", "STAGE2"):

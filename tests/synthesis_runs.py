@@ -1,18 +1,132 @@
-"""A run as a process of its own, to be killed: `python synthesis_runs.py RECIPE.json NODES`.
+"""Runs as processes of their own, to be killed: each is forked by one that has everything imported.
 
-Its one domain has a single stage of so many requests; with 0 it is what the recipe says.
+Run as a script this file is that one, or a single run: `python synthesis_runs.py RECIPE.json NODES`. A run's one domain
+has a single stage of so many requests; with 0 it is what the recipe says.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from synthesis_stores import CountingStage, make_plan
 from ultrafuser.synthesis.pipeline import Pipeline, plan_domains, prepare
 from ultrafuser.synthesis.recipe import SynthesisRecipe
 from ultrafuser.synthesis.storage.store import Store
+
+
+class Run:
+    """One run that has been started, with what it printed in a file."""
+
+    def __init__(self, runs: Runs, pid: int, output: Path) -> None:
+        self._runs, self.pid, self._output = runs, pid, output
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def poll(self) -> int | None:
+        """Its exit code, negative a signal's; None while it runs."""
+        return self._runs.order("poll", self.pid)
+
+    def await_open(self) -> None:
+        """Until its database is open."""
+        while not self.output.startswith("open\n"):
+            assert self.poll() is None, self.output
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Its exit code."""
+        code = self._runs.order("wait", self.pid)
+        assert code is not None
+        return code
+
+
+class Runs:
+    """Starts runs."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._number = 0
+
+    def start(self, recipe: Path, num_nodes: int) -> Run:
+        self._number += 1
+        output = recipe.with_name(f"run-{self._number}.txt")
+        output.touch()
+        pid = self.order("start", str(recipe), num_nodes, str(output))
+        assert pid is not None
+        return Run(self, pid, output)
+
+    def order(self, *words: str | int) -> int | None:
+        """What the one that forks answers."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(words) + "\n")
+        self._process.stdin.flush()
+        answer: int | None = json.loads(self._process.stdout.readline())
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@contextmanager
+def starting_runs() -> Iterator[Runs]:
+    runs = Runs()
+    try:
+        yield runs
+    finally:
+        runs.close()
+
+
+def _fork_as_ordered() -> None:
+    codes: dict[int, int] = {}
+    for line in sys.stdin:
+        order, *words = json.loads(line)
+        if order == "start":
+            answer: int | None = os.fork()
+            if answer == 0:
+                _run_child(*words)
+        else:
+            (pid,) = words
+            if pid not in codes:
+                found, status = os.waitpid(pid, os.WNOHANG if order == "poll" else 0)
+                if found:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+            answer = codes.get(pid)
+        print(json.dumps(answer), flush=True)
+
+
+def _run_child(recipe: str, num_nodes: int, output: str) -> None:
+    code = 1
+    try:
+        file = os.open(output, os.O_WRONLY | os.O_APPEND)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        main(Path(recipe), num_nodes)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def main(recipe_path: Path, num_nodes: int) -> None:
@@ -28,4 +142,7 @@ def main(recipe_path: Path, num_nodes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    if len(sys.argv) > 1:
+        main(Path(sys.argv[1]), int(sys.argv[2]))
+    else:
+        _fork_as_ordered()

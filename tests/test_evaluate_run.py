@@ -1,7 +1,6 @@
 """Models x tasks: what is reported, what survives a crash, and what a user is told when something is wrong."""
 
 import json
-import signal
 import subprocess
 import sys
 import textwrap
@@ -152,26 +151,33 @@ KILLED = """
 import json, os, sys
 sys.path[:0] = [{tests!r}]
 from pathlib import Path
+import ultrafuser.evaluation.harness
 from evaluate_helpers import Scripted
 from ultrafuser.evaluation.run import EvaluationOptions, evaluate_models
-log = os.open(sys.argv[2], os.O_APPEND | os.O_CREAT | os.O_WRONLY)
+folder, log, *stops = sys.argv[1:]
+
 def answer(question):
-    os.write(log, (json.dumps(question) + "\\n").encode())
-    if len(Path(sys.argv[2]).read_text().splitlines()) == int(sys.argv[3]):
+    with open(log, "a") as file:
+        file.write(json.dumps(question) + "\\n")
+    if len(Path(log).read_text().splitlines()) == stop:
         os.kill(os.getpid(), 9)
     return "The answer is 7."
-options = EvaluationOptions(tasks=["tiny_math", "tiny_choice"], folder=Path(sys.argv[1]), batch_size=1)
-evaluate_models({{"m": Scripted(answer)}}, options)
+
+for stop in map(int, stops):  # a process for each, with everything imported
+    if os.fork() == 0:
+        options = EvaluationOptions(tasks=["tiny_math", "tiny_choice"], folder=Path(folder), batch_size=1)
+        evaluate_models({{"m": Scripted(answer)}}, options)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
 
 def test_an_evaluation_killed_twice_asks_all_once_but_what_was_in_flight(tmp_path: Path):
     log = tmp_path / "asked"
     script = textwrap.dedent(KILLED.format(tests=str(Path(__file__).parent)))
-    for stop in (3, 12, 0):
-        arguments = [sys.executable, "-c", script, str(tmp_path / "run"), str(log), str(stop)]
-        result = subprocess.run(arguments, capture_output=True, text=True, check=False)
-        assert result.returncode == (-signal.SIGKILL if stop else 0), result.stderr
+    arguments = [sys.executable, "-c", script, str(tmp_path / "run"), str(log), "3", "12", "0"]
+    ended = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert ended.stdout.split() == ["-9", "-9", "0"], ended.stderr
     asked = list(map(json.loads, log.read_text().splitlines()))
     results = read_results(tmp_path / "run" / "results.json")
 

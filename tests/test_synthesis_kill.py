@@ -6,8 +6,6 @@ import json
 import os
 import random
 import sqlite3
-import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 
 from synthesis_endpoint import serving_process
+from synthesis_runs import starting_runs
 from synthesis_stores import make_recipe
 from ultrafuser.synthesis.pipeline import run_synthesis
 
@@ -33,26 +32,24 @@ def calls_of(url: str) -> dict[str, int]:
 @pytest.mark.slow
 def test_ten_kills_lose_nothing_and_repeat_at_most_what_was_under_way(tmp_path: Path):
     rng = random.Random(5)
-    with serving_process(latency_s=0.02) as url:
+    with serving_process(latency_s=0.02) as url, starting_runs() as runs:
         recipe = make_recipe(tmp_path, url=url, endpoint={"concurrency": CONCURRENCY})
         (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
-        script = Path(__file__).with_name("synthesis_runs.py")
-        command = [sys.executable, str(script), str(tmp_path / "recipe.json"), str(NUM_NODES)]
         num_kills = 0
         # Each process is killed after its part of the answers, give or take, and sometimes as soon as it has started.
         for number in range(1, NUM_KILLS + 1):
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-                assert process.stdout is not None
-                assert process.stdout.readline() == "open\n"
-                until = NUM_NODES * (number - rng.random()) / (NUM_KILLS + 1)
-                while process.poll() is None and calls_of(url)["answered"] < until:
-                    time.sleep(rng.random() / 20)
-                assert process.poll() is None, "it ended before it could be killed"
-                process.kill()
-                num_kills += process.wait() == -9
+            process = runs.start(tmp_path / "recipe.json", NUM_NODES)
+            process.await_open()
+            until = NUM_NODES * (number - rng.random()) / (NUM_KILLS + 1)
+            while process.poll() is None and calls_of(url)["answered"] < until:
+                time.sleep(rng.random() / 20)
+            assert process.poll() is None, "it ended before it could be killed"
+            process.kill()
+            num_kills += process.wait() == -9
             assert integrity(tmp_path) == "ok"
         before = time.monotonic()
-        last = subprocess.run(command, capture_output=True, text=True, check=True)
+        last = runs.start(tmp_path / "recipe.json", NUM_NODES)
+        assert last.wait() == 0, last.output
         calls = calls_of(url)
 
     states, num_items = counts(tmp_path)
@@ -65,7 +62,7 @@ def test_ten_kills_lose_nothing_and_repeat_at_most_what_was_under_way(tmp_path: 
     assert calls["repeated"] <= CONCURRENCY * NUM_KILLS
     assert calls["total"] - NUM_NODES <= CONCURRENCY * NUM_KILLS
     assert calls["most_at_once"] <= CONCURRENCY
-    assert f"in all {NUM_NODES}, " in last.stdout
+    assert f"in all {NUM_NODES}, " in last.output
 
 
 @pytest.mark.slow
@@ -73,22 +70,21 @@ def test_a_data_set_is_the_same_however_often_its_making_was_killed(tmp_path: Pa
     rng = random.Random(7)
     settings = {"meta_topics": 2, "sub_topics": 6, "records": 24}
     how = {"endpoint": {"concurrency": 8}, "domains": {"cooking": {"settings": settings}}}
-    with serving_process(latency_s=0.02) as url:
+    with serving_process(latency_s=0.02) as url, starting_runs() as runs:
         calm, wild = (make_recipe(tmp_path / name, url=url, **how) for name in ("calm", "wild"))
         run_synthesis(calm)
         num_calls = calls_of(url)["answered"]
         (tmp_path / "recipe.json").write_text(wild.model_dump_json())
-        script = Path(__file__).with_name("synthesis_runs.py")
-        command = [sys.executable, str(script), str(tmp_path / "recipe.json"), "0"]
         for number in range(1, 5):
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-                assert process.stdout is not None
-                assert process.stdout.readline() == "open\n"
-                until = num_calls * (1 + (number - rng.random()) / 5)
-                while process.poll() is None and calls_of(url)["answered"] < until:
-                    time.sleep(rng.random() / 50)
-                process.kill()
-        subprocess.run(command, capture_output=True, check=True)
+            process = runs.start(tmp_path / "recipe.json", 0)
+            process.await_open()
+            until = num_calls * (1 + (number - rng.random()) / 5)
+            while process.poll() is None and calls_of(url)["answered"] < until:
+                time.sleep(rng.random() / 50)
+            process.kill()
+            process.wait()
+        last = runs.start(tmp_path / "recipe.json", 0)
+        assert last.wait() == 0, last.output
         assert calls_of(url)["answered"] - 2 * num_calls <= 4 * 8
 
     columns = "key, node, parent, stage, round, text, detail, state, gate, reason, replaced_by"

@@ -199,24 +199,30 @@ def test_row_29_a_gate_whose_specialist_has_changed_is_refused(commands: Command
     assert_one_line(start(commands, tmp_path / "run", gate), "'b'", "not the one")
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
-        "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
-        "{{ 'a' * 10**9 }}",
-        "{{ lipsum.__globals__['os'].system('touch /tmp/was-here') }}",
-        "{% broken",
-    ],
-    ids=lambda template: template[:30],
-)
-def test_row_30_templates_of_strangers_are_tried_before_anything_is_served(
-    commands: Commands, tmp_path: Path, template: str
-):
-    folder = save_specialist(make_model(), tmp_path / "lone")
-    (folder / "chat_template.jinja").write_text(template)
+STRANGERS = [
+    "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+    "{{ 'a' * 10**8 }}",
+    "{{ lipsum.__globals__['os'].system('touch /tmp/was-here') }}",
+    "{% broken",
+]
 
-    command = start(commands, tmp_path / "run", folder)
+
+@pytest.fixture(scope="module")
+def tried(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Command]:
+    """A server for each template, all side by side: one that does not end is waited for."""
+    runs = {}
+    for template in STRANGERS:
+        root = tmp_path_factory.mktemp("strangers")
+        folder = save_specialist(make_model(), root / "lone")
+        (folder / "chat_template.jinja").write_text(template)
+        runs[template] = start(commands, root / "run", folder)
+    return runs
+
+
+@pytest.mark.parametrize("template", STRANGERS, ids=lambda template: template[:30])
+def test_row_30_templates_of_strangers_are_tried_before_anything_is_served(tried: dict[str, Command], template: str):
+    command = tried[template]
 
     assert command.wait(40) == 1, (command.out, command.err)
     assert "Traceback" not in command.err

@@ -6,6 +6,7 @@ On a CPU vLLM runs its first model runner. For the second one, whose hook is for
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served(url, FusedGenerator.from_pretrained(str(folder), dtype=torch.float32), root)
 
 
+@cache
+def answer(generator: FusedGenerator, conversation: Conversation) -> list[int]:
+    params = SamplingParams(max_tokens=NUM_TOKENS)
+    return list(generator.generate([conversation], params)[0].token_ids)
+
+
 def expected(generator: FusedGenerator, conversations: Sequence[Conversation]) -> list[list[int]]:
     """One conversation at a time, by `generate()`."""
-    params = SamplingParams(max_tokens=NUM_TOKENS)
-    return [list(generator.generate([one], params)[0].token_ids) for one in conversations]
+    return [answer(generator, one) for one in conversations]
 
 
 def test_each_specialist_reads_its_own_prompt_alone_and_in_a_crowd(served: Served):

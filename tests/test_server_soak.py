@@ -16,7 +16,7 @@ from soak import Soak
 @pytest.mark.slow
 def test_many_impatient_clients_get_their_own_answers_and_leave_nothing_behind():
     with serving(make_engine(max_choices=8)) as served:
-        findings = Soak(served.url, MODEL, max_tokens=12).run(num_clients=32, seconds=8.0, pid=os.getpid())
+        findings = Soak(served.url, MODEL, max_tokens=12).run(num_clients=32, seconds=4.0, pid=os.getpid())
 
     # Clients and server are one process here, and the clients' connections are closed by then.
     assert findings["wrong"] == 0, findings

@@ -202,7 +202,7 @@ def test_row_29_a_gate_whose_specialist_has_changed_is_refused(commands: Command
 STRANGERS = [
     "{{ messages.__class__.__mro__[1].__subclasses__() }}",
     "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
-    "{{ 'a' * 10**8 }}",
+    "{{ 'a' * 10**9 }}",
     "{{ lipsum.__globals__['os'].system('touch /tmp/was-here') }}",
     "{% broken",
 ]

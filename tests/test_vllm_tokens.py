@@ -20,7 +20,6 @@ from ultrafuser.model.generator import FusedGenerator
 from vllm_helpers import HIDDEN, VllmHome, install, make_servable, save, scale_down
 
 NUM_PROMPTS = 100
-NUM_ALONE = 40
 NUM_TOKENS = 16
 Prompts = list[list[int]]
 
@@ -123,7 +122,7 @@ def jobs(folders: dict[str, Path]) -> list[dict[str, Any]]:
     chunks = {"max_num_batched_tokens": 32, "max_num_seqs": 16, "enable_prefix_caching": True, "block_size": 32}
     return [
         job("together", "shards", PROMPTS),
-        job("alone", "shards", PROMPTS[:NUM_ALONE], alone=True),
+        job("alone", "shards", PROMPTS, alone=True),
         job("chunks", "shards", PROMPTS[:40], chunks),
         job("scored", "shards", FEW, {"enable_prefix_caching": False}, sampling={"prompt_logprobs": 0}),
         *(job(name, name, FEW) for name in ("gate", "mixed", "solo", "uniform")),
@@ -177,12 +176,9 @@ def log_probs(model: FusedForCausalLM, ids: Sequence[int]) -> list[float]:
     return found
 
 
-def test_a_hundred_prompts_get_the_tokens_of_generate(answers: Any, expected: Any):
-    assert answers["together"]["tokens"] == expected("shards", PROMPTS)
-
-
-def test_prompts_one_by_one_get_the_tokens_of_generate(answers: Any, expected: Any):
-    assert answers["alone"]["tokens"] == expected("shards", PROMPTS[:NUM_ALONE])
+@pytest.mark.parametrize("way", ["together", "alone"])
+def test_a_hundred_prompts_get_the_tokens_of_generate(way: str, answers: Any, expected: Any):
+    assert answers[way]["tokens"] == expected("shards", PROMPTS)
 
 
 def test_the_tokens_are_worth_comparing(expected: Any):

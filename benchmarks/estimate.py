@@ -1,7 +1,8 @@
 """What `ultrafuser train --dry-run` says of memory, against what training then holds, a process for each phase.
 
-Measured is how far the resident memory of the process rises above what it held before any weight was loaded. Malloc is
-told to give back what is freed (MALLOC_MMAP_THRESHOLD_), so that what lies idle in its heap is not counted as training.
+Measured is how far the memory of the process rises above what it held before any weight was loaded, after a run of tiny
+models has loaded what libraries load. Pages of files are left out: the kernel takes those back when it needs them.
+Malloc is told to give back what is freed (MALLOC_MMAP_THRESHOLD_), so that what lies idle in its heap is not counted.
 
 Examples:
     OMP_NUM_THREADS=1 python benchmarks/estimate.py --json docs/results/estimate.json
@@ -11,15 +12,15 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import importlib
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -89,7 +90,7 @@ def measure(recipe: Path, overrides: list[str], phase: str, steps: int) -> dict[
 
 def measure_here(recipe: str, overrides: list[str], phase: str, steps: int) -> dict[str, Any]:
     """In the child: the estimate, then a few steps of the phase, and the peak of the process over its start."""
-    from ultrafuser.model.memory import peak_bytes, reset_peak
+    from ultrafuser.model.memory import reset_peak
     from ultrafuser.train.estimate.devices import this_machine
     from ultrafuser.train.estimate.estimate import estimate_phases, gather_ingredients
     from ultrafuser.train.pipeline import Trainer
@@ -97,23 +98,13 @@ def measure_here(recipe: str, overrides: list[str], phase: str, steps: int) -> d
     loaded = shorten(load_recipe(recipe, overrides), steps)
     ingredients = gather_ingredients(loaded)
     (estimate,) = (e for e in estimate_phases(loaded, this_machine("cpu"), ingredients) if e.name == phase)
+    warm_up(overrides, phase)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(loaded.model_copy(update={"output": Path(folder)}))
-        warm_up()
-        reset_peak()
-        before = resident_bytes()
-        stage = loaded.stage1 if phase == "stage1" else loaded.stage2
-        if phase.startswith("tune-"):
-            name = phase.removeprefix("tune-")
-            model = trainer.build({name: loaded.specialists[name]})
-            stage = loaded.specialists[name].tune
-            assert stage is not None
-            trainer.run_stage(phase, model, stage, domains=loaded.specialists[name].tune.domains)  # type: ignore[union-attr]
-        else:
-            assert stage is not None
-            model = trainer.build(loaded.specialists)
-            trainer.run_stage(phase, model, stage)
-        measured = peak_bytes() - before
+        reset_peak()  # gives back what malloc keeps
+        with PeakMemory() as memory:
+            run_phase(trainer, phase)
+        measured = memory.peak - memory.start
     return {
         "estimated_mb": round(estimate.memory.num_bytes / MB, 1),
         "measured_mb": round(measured / MB, 1),
@@ -138,22 +129,56 @@ def shorten(recipe: Recipe, steps: int) -> Recipe:
     return recipe.model_copy(update={"specialists": specialists, "data": data, **stages})
 
 
-def warm_up() -> None:
-    """Import what training imports on its way, and take a tiny step: what libraries hold belongs to no model."""
-    for module in ("torch.utils.tensorboard", "torch.utils.checkpoint", "torch._dynamo"):
-        with suppress(ImportError):
-            importlib.import_module(module)
-    layer = torch.nn.Linear(64, 64)
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    for bf16 in (False, True):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            layer(torch.ones(64, 64)).sum().backward()
-    optimizer.step()
+def run_phase(trainer: Any, phase: str) -> None:
+    """One phase over the models as they are."""
+    recipe = trainer.recipe
+    if phase.startswith("tune-"):
+        name = phase.removeprefix("tune-")
+        source = recipe.specialists[name]
+        trainer.run_stage(phase, trainer.build({name: source}), source.tune, domains=source.tune.domains)
+    else:
+        trainer.run_stage(phase, trainer.build(recipe.specialists), getattr(recipe, phase))
 
 
-def resident_bytes() -> int:
-    """Of this process, now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def warm_up(overrides: list[str], phase: str) -> None:
+    """The same phase of models of a few MB: what libraries load and hold for good belongs to no model."""
+    from ultrafuser.train.pipeline import Trainer
+
+    own = [text for text in overrides if text.startswith(("train.", "dtype="))]
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = shorten(load_recipe(make_up(Path(folder), small=True), own), 1)
+        trainer = Trainer(tiny.model_copy(update={"output": Path(folder) / "run"}))
+        run_phase(trainer, phase if phase in ("stage1", "stage2") else "tune-text")
+    gc.collect()
+
+
+class PeakMemory:
+    """The most memory of this process that is no page of a file, looked at every two milliseconds.
+
+    Attributes:
+        start: Bytes at the beginning.
+        peak: Bytes at most.
+    """
+
+    def __enter__(self) -> Self:
+        self.start = self.peak = self._now()
+        self._has_ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._has_ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._has_ended.wait(0.002):
+            self.peak = max(self.peak, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        resident, of_files = map(int, Path("/proc/self/statm").read_text(encoding="ascii").split()[1:3])
+        return (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
 
 
 def make_up(work: Path, *, small: bool) -> Path:

@@ -1,8 +1,8 @@
 """What `ultrafuser train --dry-run` says of memory, against what training then holds, a process for each phase.
 
 Measured is how far the memory of the process rises above what it held before any weight was loaded, after a run of tiny
-models has loaded what libraries load. Pages of files are left out: the kernel takes those back when it needs them.
-Malloc is told to give back what is freed (MALLOC_MMAP_THRESHOLD_), so that what lies idle in its heap is not counted.
+models has loaded what libraries load. Weights that nothing changes stay pages of their file, and are counted. Malloc is
+told to give back what is freed (MALLOC_MMAP_THRESHOLD_), so that what lies idle in its heap is not counted.
 
 Examples:
     OMP_NUM_THREADS=1 python benchmarks/estimate.py --json docs/results/estimate.json
@@ -153,7 +153,7 @@ def warm_up(overrides: list[str], phase: str) -> None:
 
 
 class PeakMemory:
-    """The most memory of this process that is no page of a file, looked at every two milliseconds.
+    """The most resident memory of this process, looked at every two milliseconds.
 
     Attributes:
         start: Bytes at the beginning.
@@ -177,8 +177,7 @@ class PeakMemory:
 
     @staticmethod
     def _now() -> int:
-        resident, of_files = map(int, Path("/proc/self/statm").read_text(encoding="ascii").split()[1:3])
-        return (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def make_up(work: Path, *, small: bool) -> Path:

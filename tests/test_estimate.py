@@ -131,10 +131,11 @@ def train_watched(recipe: Recipe, phase: str, folder: Path) -> tuple[int, list[d
     ("phase", "overrides"),
     [
         ("stage1", []),
+        ("stage1", ["train.activation_checkpointing=true"]),
         ("stage2", []),
         ("stage2", ["train.activation_checkpointing=true", "train.precision=bf16"]),
     ],
-    ids=["stage 1", "stage 2", "stage 2, checkpointing, bf16"],
+    ids=["stage 1", "stage 1, checkpointing", "stage 2", "stage 2, checkpointing, bf16"],
 )
 def test_memory_is_that_of_a_run(
     small: Recipe, small_ingredients: Ingredients, phase: str, overrides: list[str], tmp_path: Path

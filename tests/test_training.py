@@ -140,6 +140,13 @@ def test_activation_checkpointing_is_on_in_every_specialist_when_asked_for(tmp_p
     assert all(specialist.is_gradient_checkpointing for specialist in model.specialists.values())
 
 
+def test_frozen_specialists_have_nothing_to_checkpoint(tmp_path: Path):
+    """They keep no graph; torch's checkpoints would hold the inputs of their layers until garbage is searched for."""
+    model = train(tmp_path, train={"activation_checkpointing": True})
+
+    assert not any(specialist.is_gradient_checkpointing for specialist in model.specialists.values())
+
+
 def test_one_specialist_is_ordinary_fine_tuning(tmp_path: Path):
     """n = 1 equals a plain loop over the HF model: AdamW, cosine, clipping, the same batches."""
     model = make_fused(["text"])

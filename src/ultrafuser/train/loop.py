@@ -116,7 +116,8 @@ class Loop:
         model = self.phase.model
         model.train()
         model.loss_chunk, model.loss_backend = self.train.loss_chunk, self.train.loss_backend
-        if self.train.activation_checkpointing:
+        # Frozen specialists keep no activations anyway, and torch's checkpoints hold the inputs of layers for a while.
+        if self.train.activation_checkpointing and self.stage.train_specialists:
             for specialist in model.specialists.values():
                 specialist.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         try:

@@ -18,9 +18,8 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -90,7 +89,7 @@ def measure(recipe: Path, overrides: list[str], phase: str, steps: int) -> dict[
 
 def measure_here(recipe: str, overrides: list[str], phase: str, steps: int) -> dict[str, Any]:
     """In the child: the estimate, then a few steps of the phase, and the peak of the process over its start."""
-    from ultrafuser.model.memory import reset_peak
+    from ultrafuser.model.memory import peak_bytes, reset_peak
     from ultrafuser.train.estimate.devices import this_machine
     from ultrafuser.train.estimate.estimate import estimate_phases, gather_ingredients
     from ultrafuser.train.pipeline import Trainer
@@ -101,10 +100,10 @@ def measure_here(recipe: str, overrides: list[str], phase: str, steps: int) -> d
     warm_up(overrides, phase)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(loaded.model_copy(update={"output": Path(folder)}))
-        reset_peak()  # gives back what malloc keeps
-        with PeakMemory() as memory:
-            run_phase(trainer, phase)
-        measured = memory.peak - memory.start
+        reset_peak()
+        before = resident_bytes()
+        run_phase(trainer, phase)
+        measured = peak_bytes() - before
     return {
         "estimated_mb": round(estimate.memory.num_bytes / MB, 1),
         "measured_mb": round(measured / MB, 1),
@@ -152,32 +151,9 @@ def warm_up(overrides: list[str], phase: str) -> None:
     gc.collect()
 
 
-class PeakMemory:
-    """The most resident memory of this process, looked at every two milliseconds.
-
-    Attributes:
-        start: Bytes at the beginning.
-        peak: Bytes at most.
-    """
-
-    def __enter__(self) -> Self:
-        self.start = self.peak = self._now()
-        self._has_ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        self._has_ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._has_ended.wait(0.002):
-            self.peak = max(self.peak, self._now())
-
-    @staticmethod
-    def _now() -> int:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes() -> int:
+    """Of this process, now."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def make_up(work: Path, *, small: bool) -> Path:

@@ -12,9 +12,9 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from engine_helpers import CONTEXT, Heard, always_draft, finish, greedy, random_prompts, run
+from forking import fork
 from ultrafuser.engine.engine import Engine, EngineOptions
 from ultrafuser.engine.parallel import ParallelRunner, close_ranks, run_rank
 from ultrafuser.engine.ranks import join_ranks
@@ -195,29 +196,14 @@ def fork_ranks(folder: str, jobs: Sequence[str]) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    children = []
-    for rank in range(NUM_RANKS):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS), "GLOO_SOCKET_IFNAME": "lo"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            _run_child(folder, rank, jobs)
-        children.append(child)
-    return children
 
-
-def _run_child(folder: str, rank: int, jobs: Sequence[str]) -> None:
-    try:
+    def be(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS), "GLOO_SOCKET_IFNAME": "lo"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.chdir(folder)
-        log = os.open(f"log-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
         run_jobs(rank, jobs)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(0)
+
+    return [fork(partial(be, rank), Path(folder, f"log-{rank}")) for rank in range(NUM_RANKS)]
 
 
 if __name__ == "__main__":

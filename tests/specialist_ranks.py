@@ -12,13 +12,14 @@ import json
 import os
 import socket
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from forking import fork
 from training_helpers import TOKENIZER, make_fused, make_phase, make_specialist, write_ingredients
 from ultrafuser.alignment.collate import collate
 from ultrafuser.config.load import load_recipe
@@ -171,33 +172,28 @@ def run_ranks(folder: Path, job: str) -> bool:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            _run_child(folder, job, rank)
-        children.append(child)
+
+    def be(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        run_job(folder, job, rank)
+
+    children = [fork(partial(be, rank)) for rank in range(size)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     return codes == [0] * size
 
 
-def _run_child(folder: Path, job: str, rank: int) -> None:
-    try:
-        if job.startswith("recipe:"):
-            found = run_recipe(folder, job.removeprefix("recipe:"))
-        elif job.startswith("bench:"):
-            found = run_benchmark()
-        else:
-            with begin_world("cpu", timeout_s=120.0) as world:
-                found = {"compare": compare(world)} if world.size == len(NAMES) else {}
-                found |= train(folder / job, world)
-        (folder / f"found-{job}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+def run_job(folder: Path, job: str, rank: int) -> None:
+    """What one of the processes does."""
+    if job.startswith("recipe:"):
+        found = run_recipe(folder, job.removeprefix("recipe:"))
+    elif job.startswith("bench:"):
+        found = run_benchmark()
+    else:
+        with begin_world("cpu", timeout_s=120.0) as world:
+            found = {"compare": compare(world)} if world.size == len(NAMES) else {}
+            found |= train(folder / job, world)
+    (folder / f"found-{job}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

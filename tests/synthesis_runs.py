@@ -13,11 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from forking import fork
 from synthesis_stores import CountingStage, make_plan
 from ultrafuser.synthesis.pipeline import Pipeline, plan_domains, prepare
 from ultrafuser.synthesis.recipe import SynthesisRecipe
@@ -100,9 +101,8 @@ def _fork_as_ordered() -> None:
     for line in sys.stdin:
         order, *words = json.loads(line)
         if order == "start":
-            answer: int | None = os.fork()
-            if answer == 0:
-                _run_child(*words)
+            recipe, num_nodes, output = words
+            answer: int | None = fork(partial(main, Path(recipe), num_nodes), Path(output))
         else:
             (pid,) = words
             if pid not in codes:
@@ -111,22 +111,6 @@ def _fork_as_ordered() -> None:
                     codes[pid] = os.waitstatus_to_exitcode(status)
             answer = codes.get(pid)
         print(json.dumps(answer), flush=True)
-
-
-def _run_child(recipe: str, num_nodes: int, output: str) -> None:
-    code = 1
-    try:
-        file = os.open(output, os.O_WRONLY | os.O_APPEND)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        main(Path(recipe), num_nodes)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
 
 
 def main(recipe_path: Path, num_nodes: int) -> None:

@@ -61,9 +61,17 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
         "load_s": ready - started,
         "generate_s": done - ready,
     }
+    if not args.get("enforce_eager"):
+        found["compiled_to"] = llm.apply_model(compiled_to)[0]
     del llm
     _clean()
     return found
+
+
+def compiled_to(model: Any) -> dict[str, str]:
+    """Where the compiled graph of each part of a model is kept for the next start."""
+    parts = ((name, getattr(part, "_aot_compilation_path", None)) for name, part in model.named_modules())
+    return {name: path for name, path in parts if path}
 
 
 def refuse(job: dict[str, Any]) -> dict[str, Any]:

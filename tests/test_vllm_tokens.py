@@ -222,6 +222,14 @@ def test_a_compiled_model_writes_the_same(answers: Any, expected: Any):
     assert answers["compiled"]["tokens"] == tokens
 
 
+def test_no_specialist_loads_the_compiled_graph_of_another(answers: Any):
+    """Names of layers, by which a layer finds its cache, may be constants in it."""
+    kept = answers["compiled"]["compiled_to"]
+
+    assert [name.split(".")[1] for name in kept] == ["text", "code"]
+    assert len(set(kept.values())) == 2
+
+
 def test_two_processes_that_share_every_layer_write_the_same(answers: Any, expected: Any):
     """Tensor parallel: heads, hidden layers and vocabulary are cut, gate and hidden states are whole in each."""
     assert answers["split"]["tokens"] == expected("shards", FEW[:4])

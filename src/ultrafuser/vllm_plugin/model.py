@@ -9,6 +9,7 @@ Shapes: T tokens of all requests of a step, N specialists, H hidden size of each
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
@@ -43,8 +44,10 @@ class FusedForVllm(nn.Module):
         self.names = running_names(config)
         self.specialists = nn.ModuleDict()
         for name in self.names:
-            part = config.specialist_configs[name]
-            # One compiled graph and one cache of graphs for each: the tag is part of its key.
+            part = copy.deepcopy(config.specialist_configs[name])
+            # One compiled graph for each: its file is found by the configuration, and specialists of one architecture
+            # must not load each other's, where names of layers, which have the caches, may be constants.
+            part.fused_as = name
             with set_model_tag(f"ultrafuser_{name}"):
                 self.specialists[name] = init_vllm_registered_model(
                     vllm_config,

@@ -49,7 +49,8 @@ from ultrafuser.engine.bench import (
     time_prefill,
 )
 from ultrafuser.engine.drafts import Costs, DraftKind, Planner
-from ultrafuser.engine.engine import Engine, EngineOptions
+from ultrafuser.engine.engine import Engine
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.engine.weights import DraftWeights
 from ultrafuser.errors import ConfigError
 from ultrafuser.files import write_text_atomically

@@ -92,7 +92,7 @@ def measure_here(recipe: str, overrides: list[str], phase: str, steps: int) -> d
     from ultrafuser.model.memory import peak_bytes, reset_peak
     from ultrafuser.train.estimate.devices import this_machine
     from ultrafuser.train.estimate.estimate import estimate_phases, gather_ingredients
-    from ultrafuser.train.pipeline import Trainer
+    from ultrafuser.train.trainer import Trainer
 
     loaded = shorten(load_recipe(recipe, overrides), steps)
     ingredients = gather_ingredients(loaded)
@@ -141,7 +141,7 @@ def run_phase(trainer: Any, phase: str) -> None:
 
 def warm_up(overrides: list[str], phase: str) -> None:
     """The same phase of models of a few MB: what libraries load and hold for good belongs to no model."""
-    from ultrafuser.train.pipeline import Trainer
+    from ultrafuser.train.trainer import Trainer
 
     own = [text for text in overrides if text.startswith(("train.", "dtype="))]
     with tempfile.TemporaryDirectory() as folder:

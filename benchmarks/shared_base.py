@@ -27,7 +27,8 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ultrafuser.config.recipe import SpecialistConfig
-from ultrafuser.engine.engine import Engine, EngineOptions
+from ultrafuser.engine.engine import Engine
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.engine.requests import GenerationRequest
 from ultrafuser.files import write_text_atomically
 from ultrafuser.generation import SamplingParams

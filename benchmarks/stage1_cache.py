@@ -91,7 +91,7 @@ def run_stage(recipe: Recipe, specialists: Path | None, work: Path, kind: str, m
     """In the child: build, train the gate, tell times, losses and the most memory held."""
     from ultrafuser.train.hidden.loop import CachedLoop
     from ultrafuser.train.loop import Loop
-    from ultrafuser.train.pipeline import Trainer
+    from ultrafuser.train.trainer import Trainer
 
     chosen = {
         name: part.model_copy(

@@ -38,7 +38,7 @@ from ultrafuser.synthesis.dataset.export import data_file, export
 from ultrafuser.synthesis.load import load_synthesis
 from ultrafuser.synthesis.pipeline import run_synthesis
 from ultrafuser.synthesis.storage.store import Store
-from ultrafuser.train.pipeline import Trainer
+from ultrafuser.train.trainer import Trainer
 
 POOL = 9000  # questions that the teacher knows in each domain
 PORT = 8471

@@ -4,10 +4,11 @@ import torch
 
 from helpers import make_fused, make_tokenizer
 from ultrafuser.chat.messages import Message
-from ultrafuser.engine.engine import Engine, EngineOptions
+from ultrafuser.engine.engine import Engine
 from ultrafuser.engine.generator import EngineGenerator
 from ultrafuser.engine.graphs import StepGraphs
 from ultrafuser.engine.llama import LlamaStack
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.generation import SamplingParams
 
 conversation = [(Message("user", "hi"),)]

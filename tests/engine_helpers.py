@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from helpers import make_fused, make_model, make_tokenizer, reference_scores
 from ultrafuser.engine.drafts import PLAIN, DraftKind, Plan
-from ultrafuser.engine.engine import Engine, EngineOptions
+from ultrafuser.engine.engine import Engine
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.engine.requests import GenerationRequest, StreamEvent, TokenPiece
 from ultrafuser.generation import SamplingParams
 from ultrafuser.model.fused import FusedForCausalLM

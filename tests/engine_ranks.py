@@ -23,7 +23,8 @@ import torch.distributed as dist
 
 from engine_helpers import CONTEXT, Heard, always_draft, finish, greedy, random_prompts, run
 from forking import fork
-from ultrafuser.engine.engine import Engine, EngineOptions
+from ultrafuser.engine.engine import Engine
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.engine.parallel import ParallelRunner, close_ranks, run_rank
 from ultrafuser.engine.ranks import join_ranks
 from ultrafuser.engine.requests import GenerationRequest

@@ -27,7 +27,8 @@ import httpx
 
 from helpers import make_fused, make_tokenizer
 from ultrafuser.chat.messages import Conversation
-from ultrafuser.engine.engine import Engine, EngineOptions
+from ultrafuser.engine.engine import Engine
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.engine.requests import EngineStats, GenerationRequest, Ids, Listener, StreamEvent, TokenPiece
 from ultrafuser.engine.thread import EngineThread
 from ultrafuser.errors import BusyError, DataError, RequestError

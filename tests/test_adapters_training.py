@@ -19,7 +19,7 @@ from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.lora import is_adapter
 from ultrafuser.train.adapters import give_adapters, refuse_several_processes
 from ultrafuser.train.loop import Loop
-from ultrafuser.train.pipeline import Trainer
+from ultrafuser.train.trainer import Trainer
 
 pytest.importorskip("peft")
 

@@ -15,7 +15,7 @@ from ultrafuser.errors import ConfigError, DataError, TrainingError
 from ultrafuser.train.callbacks import Callback, StopTraining, load_callbacks, name_callbacks
 from ultrafuser.train.environment import note_start
 from ultrafuser.train.loop import Loop
-from ultrafuser.train.pipeline import Trainer
+from ultrafuser.train.trainer import Trainer
 
 
 class Diary(Callback):

@@ -18,10 +18,12 @@ from ultrafuser.config.recipe import Recipe, SpecialistConfig
 from ultrafuser.doctor import facts as facts_module
 from ultrafuser.doctor.facts import Facts
 from ultrafuser.doctor.files import _is_whole, check_files
+from ultrafuser.doctor.finding import Finding
 from ultrafuser.doctor.hub import RepoInfo
 from ultrafuser.doctor.licences import _from_folder
 from ultrafuser.doctor.machine import Machine
-from ultrafuser.doctor.report import Finding, Report, examine, print_report
+from ultrafuser.doctor.report import Report, examine
+from ultrafuser.doctor.show import print_report
 from ultrafuser.doctor.unset import load_to_examine
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -10,7 +10,8 @@ from helpers import make_fused, make_model, make_tokenizer
 from ultrafuser.chat.messages import Message
 from ultrafuser.cli.main import app
 from ultrafuser.engine.bench import quality_loss, read_bandwidth, score_texts, time_decoding, time_prefill
-from ultrafuser.engine.engine import Engine, EngineOptions
+from ultrafuser.engine.engine import Engine
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.model.checkpoint import save_fused
 
 

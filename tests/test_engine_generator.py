@@ -10,9 +10,9 @@ import torch
 from engine_helpers import make_engine, make_similar, twin
 from helpers import make_fused, make_mixed, make_model, make_tokenizer
 from ultrafuser.chat.messages import Message
-from ultrafuser.engine.engine import EngineOptions
 from ultrafuser.engine.generator import EngineGenerator
 from ultrafuser.engine.load import load_engine
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.errors import ModelError, RequestError
 from ultrafuser.generation import SamplingParams
 from ultrafuser.model.checkpoint import save_fused

@@ -10,8 +10,8 @@ import torch
 from engine_helpers import Heard, assert_answers, finish, greedy, make_engine, run
 from helpers import make_fused, make_mixed, make_model
 from ultrafuser.engine import memory
-from ultrafuser.engine.engine import EngineOptions
 from ultrafuser.engine.memory import fit_slots, may_pack
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.engine.slots import SlotCache, SlotView
 from ultrafuser.errors import ModelError
 

@@ -8,8 +8,9 @@ import pytest
 
 from helpers import make_fused, make_model, make_tokenizer
 from ultrafuser.chat.messages import Message
-from ultrafuser.engine.engine import Engine, EngineOptions
+from ultrafuser.engine.engine import Engine
 from ultrafuser.engine.generator import EngineGenerator
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.engine.requests import GenerationRequest
 from ultrafuser.generation import Completion, SamplingParams
 from ultrafuser.model.generator import FusedGenerator

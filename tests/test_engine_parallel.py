@@ -23,8 +23,8 @@ import torch.distributed as dist
 from engine_helpers import assert_answers, greedy, run
 from engine_ranks import MIX, NUM_RANKS, OPTIONS, PLAYS
 from helpers import PAPER_TEMPLATES, make_fused, make_mixed, make_model, make_tokenizer, make_trio, save_specialist
-from ultrafuser.engine.engine import EngineOptions
 from ultrafuser.engine.load import load_engine
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.engine.parallel import close_ranks, run_rank
 from ultrafuser.engine.shard import KeptRows
 from ultrafuser.errors import ConfigError, ModelError

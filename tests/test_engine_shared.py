@@ -23,11 +23,11 @@ from engine_helpers import (
 )
 from helpers import VOCAB_SIZE, make_fused, make_model
 from ultrafuser.engine.backbones import ModelBackbone
-from ultrafuser.engine.engine import EngineOptions
 from ultrafuser.engine.fp16 import Fp16Matrix, has_fbgemm, keeps_values
 from ultrafuser.engine.llama import LlamaStack
 from ultrafuser.engine.low_rank import JoinedFp16, base_of, lay_out
 from ultrafuser.engine.memory import fit_slots, may_pack
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.engine.requests import GenerationRequest
 from ultrafuser.engine.shared import SharedStack
 from ultrafuser.errors import ModelError

@@ -31,7 +31,7 @@ from ultrafuser.train.estimate.estimate import (
 )
 from ultrafuser.train.estimate.run import estimate_recipe
 from ultrafuser.train.estimate.shapes import read_shape
-from ultrafuser.train.pipeline import Trainer
+from ultrafuser.train.trainer import Trainer
 
 CPU = Devices("cpu", 1, 2**34, {"bf16": 1e10, "fp32": 1e10}, 0.5, is_cpu=True)
 TEMPLATES = {"text": "ultralm", "code": "codellama", "math": "wizardmath"}

@@ -16,7 +16,7 @@ from ultrafuser.config.load import load_recipe
 from ultrafuser.errors import ModelError
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.train.loop import Loop
-from ultrafuser.train.pipeline import Trainer
+from ultrafuser.train.trainer import Trainer
 
 STAGES: dict[str, dict[str, Any]] = {"stage1": {}, "stage2": {"train_specialists": True}}
 
@@ -82,7 +82,7 @@ def test_a_loss_back_end_that_cannot_run_is_refused_before_any_model_is_read(
 def test_bf16_on_a_processor_that_is_slow_at_it_is_told_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_fast: bool
 ):
-    monkeypatch.setattr("ultrafuser.train.pipeline.multiplies_bf16", lambda _: is_fast)
+    monkeypatch.setattr("ultrafuser.train.trainer.multiplies_bf16", lambda _: is_fast)
     recipe = write_ingredients(tmp_path)
     Trainer(load_recipe(recipe, ["train.precision=fp32"]))
     assert "bf16" not in caplog.text

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from tiny_specialists import make_tokenizer
 from ultrafuser.alignment.collate import collate
 from ultrafuser.alignment.encode import EncodedRecord, EncodedTurn, Encoder
-from ultrafuser.analysis.prepared import prepare, print_preparation
+from ultrafuser.analysis.prepared import prepare
+from ultrafuser.analysis.prepared_text import print_preparation
 from ultrafuser.analysis.token_view import SeenToken, check_alignment, render_view, view_record
 from ultrafuser.chat import Message, load_template
 from ultrafuser.cli.main import app

@@ -18,7 +18,8 @@ from ultrafuser.alignment.encode import Encoder
 from ultrafuser.alignment.plain_text import MARK
 from ultrafuser.chat.library import TEMPLATE_NAMES, load_template
 from ultrafuser.chat.messages import Message
-from ultrafuser.engine.engine import Engine, EngineOptions
+from ultrafuser.engine.engine import Engine
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.engine.thread import EngineThread
 from ultrafuser.server.settings import Deadlines
 from ultrafuser.server.token_text import TokenText

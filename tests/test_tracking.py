@@ -14,10 +14,11 @@ from training_helpers import Observers, make_phase, untimed_metrics, write_ingre
 from ultrafuser.config.load import load_recipe
 from ultrafuser.errors import ConfigError, TrainingError
 from ultrafuser.train.loop import Loop
-from ultrafuser.train.pipeline import Trainer
 from ultrafuser.train.tracking import tracker
 from ultrafuser.train.tracking.metrics import MetricsFile, read_metrics
-from ultrafuser.train.tracking.tracker import TrackedPhase, choose_trackers
+from ultrafuser.train.tracking.phase import TrackedPhase
+from ultrafuser.train.tracking.tracker import choose_trackers
+from ultrafuser.train.trainer import Trainer
 
 
 def train(folder: Path, *trackers: str, **options: Any) -> None:
@@ -148,7 +149,7 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_read(
 ):
     recipe = load_recipe(write_ingredients(tmp_path), [f"train.trackers=[{name}]"])
     monkeypatch.setattr(tracker, "_is_installed", lambda module: module != name)
-    monkeypatch.setattr("ultrafuser.train.pipeline.load_dataset", lambda _: pytest.fail("data was read"))
+    monkeypatch.setattr("ultrafuser.train.trainer.load_dataset", lambda _: pytest.fail("data was read"))
 
     with pytest.raises(ConfigError, match=rf"trackers names {name}, .* pip install 'ultrafuser\[{extra}\]'"):
         Trainer(recipe)

@@ -36,7 +36,7 @@ from ultrafuser.train.hidden.fill import SpecialistsInMemory
 from ultrafuser.train.hidden.loop import CachedLoop
 from ultrafuser.train.loop import Loop
 from ultrafuser.train.phase import Phase
-from ultrafuser.train.pipeline import Trainer
+from ultrafuser.train.trainer import Trainer
 
 STAGE = {"steps": 6, "composed_share": 0.25}
 

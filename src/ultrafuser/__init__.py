@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from ultrafuser.chat.template import Template
     from ultrafuser.config.load import load_recipe
     from ultrafuser.config.recipe import Recipe
-    from ultrafuser.engine.engine import Engine, EngineOptions
+    from ultrafuser.engine.engine import Engine
     from ultrafuser.engine.generator import EngineGenerator
     from ultrafuser.engine.load import load_engine
+    from ultrafuser.engine.options import EngineOptions
     from ultrafuser.errors import UltrafuserError
     from ultrafuser.generation import AnswerScore, Completion, Generator, SamplingParams
     from ultrafuser.model.configuration import FusedConfig

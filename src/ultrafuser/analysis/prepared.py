@@ -64,26 +64,6 @@ class Preparation:
     domains: Mapping[str, DomainCount]
 
 
-def print_preparation(recipe: Recipe, *, show: int = 0, console: Console | None = None) -> None:
-    """Prepare a recipe's data and print what came of it.
-
-    Args:
-        recipe: With a data section.
-        show: Records of every domain to print token by token, as each specialist sees them.
-        console: Where to print; None: stdout.
-
-    Raises:
-        UltrafuserError: As `prepare`.
-    """
-    from ultrafuser.analysis.prepared_text import new_console, print_counts, print_records
-
-    console = console if console is not None else new_console()
-    preparation = prepare(recipe, num_shown=show)
-    print_counts(preparation, console)
-    if show:
-        print_records(preparation, console)
-
-
 def prepare(recipe: Recipe, *, num_shown: int = 0, dataset: Dataset | None = None) -> Preparation:
     """Read, check, split and encode a recipe's data exactly as training would.
 

@@ -10,11 +10,30 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ultrafuser.analysis.prepared import DomainCount, Preparation
+from ultrafuser.analysis.prepared import DomainCount, Preparation, prepare
 from ultrafuser.analysis.token_view import render_legend, render_view, view_record
+from ultrafuser.config.recipe import Recipe
 from ultrafuser.data.split import SPLITS
 
 NARROWEST = 110  # columns; a pipe has none of its own
+
+
+def print_preparation(recipe: Recipe, *, show: int = 0, console: Console | None = None) -> None:
+    """Prepare a recipe's data and print what came of it.
+
+    Args:
+        recipe: With a data section.
+        show: Records of every domain to print token by token, as each specialist sees them.
+        console: Where to print; None: stdout.
+
+    Raises:
+        UltrafuserError: As `prepare`.
+    """
+    console = console if console is not None else new_console()
+    preparation = prepare(recipe, num_shown=show)
+    print_counts(preparation, console)
+    if show:
+        print_records(preparation, console)
 
 
 def new_console() -> Console:

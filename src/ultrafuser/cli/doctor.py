@@ -18,7 +18,8 @@ def doctor(
 
     Example: ultrafuser doctor recipes/paper.yaml
     """
-    from ultrafuser.doctor.report import examine, print_report
+    from ultrafuser.doctor.report import examine
+    from ultrafuser.doctor.show import print_report
     from ultrafuser.doctor.unset import load_to_examine
 
     report = examine(load_to_examine(recipe, overrides))

@@ -18,7 +18,7 @@ def prepare(
 
     Example: ultrafuser prepare recipes/smollm2.yaml --show 3
     """
-    from ultrafuser.analysis.prepared import print_preparation
+    from ultrafuser.analysis.prepared_text import print_preparation
     from ultrafuser.config.load import load_recipe
 
     print_preparation(load_recipe(recipe, overrides), show=show)

@@ -26,8 +26,8 @@ from ultrafuser.evaluation.models import model_digest
 from ultrafuser.generation import Generator
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.generator import FusedGenerator
-from ultrafuser.train.pipeline import Trainer
 from ultrafuser.train.tracking.metrics import read_metrics
+from ultrafuser.train.trainer import Trainer
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,8 @@ from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.generator import FusedGenerator
 from ultrafuser.model.specialist import load_specialist
 from ultrafuser.provenance import hardware, versions
-from ultrafuser.train.pipeline import Trainer
 from ultrafuser.train.tracking.metrics import read_metrics
+from ultrafuser.train.trainer import Trainer
 
 SHOWN_SAMPLES = 40  # rows of the heatmap per domain
 CURVE_PHASES = ("tune-text", "tune-code", "tune-math", "tune-further", "direct", "stage1", "stage2")

@@ -20,8 +20,6 @@ from ultrafuser.doctor.templates import check_template, find_templates, sample_p
 from ultrafuser.doctor.vocabulary import check_start_tokens, check_stop_tokens, check_vocabulary
 from ultrafuser.model.memory import gib
 
-__all__ = ["Finding", "Report", "examine", "print_report"]
-
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -89,13 +87,6 @@ def examine(recipe: Recipe, *, machine: Machine | None = None) -> Report:
         *_check_machine(machine, needs, sizes, specialists, recipe),
     ]
     return Report(recipe.name, tuple(findings), tuple(sizes), tuple(needs), machine)
-
-
-def print_report(report: Report, *, as_json: bool = False) -> None:
-    """Write a report to stdout, as a table or as JSON."""
-    from ultrafuser.doctor.show import print_json, print_tables
-
-    print_json(report.to_dict()) if as_json else print_tables(report)
 
 
 def _check_specialists(specialists: Sequence[Facts], shared: Facts) -> Iterator[Finding]:

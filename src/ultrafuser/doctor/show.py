@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ultrafuser.doctor.finding import LEVELS, Level
+from ultrafuser.doctor.report import Report
 from ultrafuser.model.memory import gib
-
-if TYPE_CHECKING:
-    from ultrafuser.doctor.report import Report
 
 STYLES: dict[Level, str] = {"blocker": "bold red", "warning": "yellow", "ok": "green"}
 NARROWEST = 100  # columns; a pipe has none of its own
+
+
+def print_report(report: Report, *, as_json: bool = False) -> None:
+    """Write a report to stdout, as a table or as JSON."""
+    print_json(report.to_dict()) if as_json else print_tables(report)
 
 
 def print_json(content: dict[str, Any]) -> None:

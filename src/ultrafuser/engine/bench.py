@@ -17,7 +17,8 @@ import torch
 from ultrafuser.chat.messages import Message
 from ultrafuser.engine.choice import Choice
 from ultrafuser.engine.drafts import DraftKind
-from ultrafuser.engine.engine import Engine, EngineOptions
+from ultrafuser.engine.engine import Engine
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.engine.requests import GenerationRequest, Ids, StreamEvent, TokenPiece
 from ultrafuser.engine.runner import RunnerKind
 from ultrafuser.engine.weights import WeightFormat

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from ultrafuser.engine.drafts import DraftKind
-from ultrafuser.engine.engine import Engine, EngineOptions
+from ultrafuser.engine.engine import Engine
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.engine.runner import RunnerKind
 from ultrafuser.engine.weights import DraftWeights, WeightFormat
 from ultrafuser.errors import ConfigError

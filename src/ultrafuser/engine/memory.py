@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
 from ultrafuser.engine.fp16 import keeps_values
 from ultrafuser.engine.llama import is_llama_like
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.engine.reduced import is_half_as_fast
 from ultrafuser.engine.weights import can_pack, compute_type
 from ultrafuser.errors import ModelError
 from ultrafuser.model.fused import FusedForCausalLM
-
-if TYPE_CHECKING:
-    from ultrafuser.engine.engine import EngineOptions
 
 LONGEST_BY_DEFAULT = 4096
 _SHARE = 0.5  # of free memory, for caches

@@ -23,8 +23,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from ultrafuser.engine.engine import Engine, EngineOptions
+from ultrafuser.engine.engine import Engine
 from ultrafuser.engine.memory import fit_slots, free_bytes, may_pack
+from ultrafuser.engine.options import EngineOptions
 from ultrafuser.engine.ranks import Ranks, join_ranks
 from ultrafuser.engine.runner import MARGIN, Feed, Runner
 from ultrafuser.engine.shard import LARGEST_SCORE, Question, Shard

@@ -35,7 +35,6 @@ from ultrafuser.train.checkpoint import (
     read_state,
     write_checkpoint,
 )
-from ultrafuser.train.observers import PhaseReport
 from ultrafuser.train.optimizer import NamedAdamW
 from ultrafuser.train.parallel.checkpoint import load_shards, write_shards
 from ultrafuser.train.parallel.single import Single
@@ -49,6 +48,7 @@ from ultrafuser.train.phase import (
     hash_phase,
     join_weights,
 )
+from ultrafuser.train.report import PhaseReport
 from ultrafuser.train.signals import StopRequest
 from ultrafuser.train.sums import Sums
 

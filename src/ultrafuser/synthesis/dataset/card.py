@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from ultrafuser.files import write_text_atomically
 from ultrafuser.synthesis.dataset.records import SPLITS, licence_of
+from ultrafuser.synthesis.dataset.summary import ExportSummary
 from ultrafuser.synthesis.dataset.tally import StageTally, cell, drops_table, tally
 from ultrafuser.synthesis.recipe import SynthesisRecipe
 from ultrafuser.synthesis.storage.store import Store
 
-if TYPE_CHECKING:
-    from ultrafuser.synthesis.dataset.export import ExportSummary
-
-CARD = "README.md"
 PAPER = "[arXiv 2403.08281](https://arxiv.org/abs/2403.08281)"
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 UNTOLD = {"url", "key_variable", "extra_body", "timeout_s", "concurrency"}  # of an endpoint: nobody else's business

@@ -34,7 +34,7 @@ from ultrafuser.train.parallel.specialist import SpecialistParallel
 from ultrafuser.train.parallel.strategy import Strategy
 from ultrafuser.train.parallel.world import World
 from ultrafuser.train.phase import hash_records
-from ultrafuser.train.pipeline import Trainer
+from ultrafuser.train.trainer import Trainer
 
 
 class ParallelTrainer(Trainer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ultrafuser.train.tracking.tracker import TrackedPhase
+from ultrafuser.train.tracking.phase import TrackedPhase
 
 
 class BoardFiles:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from ultrafuser.train.tracking.tracker import PROJECT, TrackedPhase
+from ultrafuser.train.tracking.phase import PROJECT, TrackedPhase
 
 
 class TrackioRun:

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ultrafuser.errors import ConfigError
-from ultrafuser.train.tracking.tracker import PROJECT, TrackedPhase
+from ultrafuser.train.tracking.phase import PROJECT, TrackedPhase
 
 _ERROR_REPORTS = "WANDB_ERROR_REPORTING"  # telemetry of the package itself; whoever wants it sets it
 

@@ -33,6 +33,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "train": {"activation_checkpointing": True},
         "model": {"fusion_space": "probs"},
     },
+    "torch's loss": {"untied": True, "stage": SHORT, "train": {"loss_backend": "torch"}},
     "offload": {"stage": SHORT, "parallel": {"cpu_offload": True}},
     "replicated": {"stage": {"steps": 2}, "parallel": {"replicate_frozen": True}},
     "adapters": {"lora": True, "stage": SHORT},

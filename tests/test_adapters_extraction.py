@@ -171,6 +171,18 @@ def test_bad_input_is_refused_before_any_weight_loads(
     assert not (tmp_path / "out").exists()
 
 
+def test_adapters_never_replace_the_models_they_were_taken_from(tmp_path: Path):
+    (tmp_path / "tuned").mkdir()
+    named = {
+        name: str(save_specialist(make_model(seed=seed), tmp_path / "tuned" / name)) for seed, name in enumerate("ab")
+    }
+
+    with pytest.raises(ModelError, match="a is no part of a set of adapters: choose another folder"):
+        extract_specialists(named["a"], named, tmp_path / "tuned")
+
+    assert sorted(path.name for path in (tmp_path / "tuned").iterdir()) == ["a", "b"]
+
+
 def test_an_energy_that_is_none_is_refused(family: dict[str, Any]):
     with pytest.raises(ConfigError, match="energy 1"):
         extract_fused(family["model"], str(family["folder"] / "base"), energy=1.5)

@@ -442,6 +442,29 @@ def test_a_new_save_replaces_the_old_folder_wholly(tmp_path):
     assert_same_model(FusedForCausalLM.from_pretrained(tmp_path / "fused"), new)
 
 
+@pytest.mark.parametrize("lost", ["thesis.txt", "text/model.safetensors", "fused/.git/HEAD", "fused/text/config.json"])
+def test_a_folder_that_holds_something_else_is_not_replaced(lost: str, tmp_path: Path):
+    if lost.startswith("fused/"):
+        save_fused(make_fused(), tmp_path / "fused")
+    target = tmp_path / "fused" if lost.startswith("fused/") else tmp_path
+    (tmp_path / lost).parent.mkdir(exist_ok=True)
+    (tmp_path / lost).write_text("years of work")
+
+    with pytest.raises(ModelError, match=r"would be replaced as a whole, but .* is no part of a fused model: choose"):
+        save_fused(make_fused(), target)
+
+    assert (tmp_path / lost).read_text() == "years of work"
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path):
+    (tmp_path / "fused").write_text("years of work")
+
+    with pytest.raises(ModelError, match="no part of a fused model"):
+        save_fused(make_fused(), tmp_path / "fused")
+
+    assert (tmp_path / "fused").read_text() == "years of work"
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_may_not_be_written_is_named(tmp_path):
     tmp_path.chmod(0o500)

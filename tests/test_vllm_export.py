@@ -175,6 +175,22 @@ def test_an_interrupted_export_leaves_the_old_one(model_folder: Path, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
+def test_a_model_is_not_exported_onto_itself(model_folder: Path):
+    before = (model_folder / "config.json").read_bytes()
+
+    with pytest.raises(ConfigError, match="is the model itself, whose own templates would be lost"):
+        export(str(model_folder), model_folder, "vllm", "chatml", None, 64, False, "")
+
+    assert (model_folder / "config.json").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_refused_before_any_weight_loads(tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(ModelError, match=r"thesis\.txt is no part of a fused model"):
+        export(str(tmp_path / "no model"), tmp_path, "vllm", "chatml", None, 64, False, "")
+
+
 def test_a_model_without_templates_needs_no_export():
     model = make_fused(templates=None)
 

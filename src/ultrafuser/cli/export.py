@@ -10,7 +10,7 @@ import typer
 
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a fused model.")],
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write; replaced if it exists.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write; a fused model there is replaced.")],
     engine: Annotated[Literal["vllm"], typer.Option("--for", help="The engine that will read it.")],
     template: Annotated[
         str, typer.Option(help="What all specialists will read: a name, tokenizer, a .jinja file, or a specialist's.")
@@ -31,11 +31,16 @@ def export(
     from rich.console import Console
     from rich.table import Table
 
+    from ultrafuser.errors import ConfigError
     from ultrafuser.export.records import held_out_conversations
     from ultrafuser.export.shared import measure_cost, save_shared, shared_template
     from ultrafuser.model.load import LoadOptions, load_model
+    from ultrafuser.model.target import check_model_target
     from ultrafuser.vllm_plugin.checks import check_options
 
+    check_model_target(output)
+    if output.resolve() == Path(model).resolve():
+        raise ConfigError(f"{output} is the model itself, whose own templates would be lost: choose another folder")
     held_out = held_out_conversations(data, per_domain=records) if data is not None else {}
     fused, tokenizer = load_model(model, LoadOptions(device=device))
     check_options(fused.config, gate_only=gate_only)

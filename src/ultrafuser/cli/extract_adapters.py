@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def extract_adapters(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the model all were made from.")],
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="A fused model, or fine-tunes as NAME=FOLDER.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write; replaced if it exists.")],
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Folder to write; what an earlier call wrote there is replaced.")
+    ],
     energy: Annotated[
         float, typer.Option(help="Keep this part of the differences' energy, as far as --share allows.")
     ] = 1.0,
@@ -48,6 +50,7 @@ def extract_adapters(
     from ultrafuser.model.checkpoint import save_fused
     from ultrafuser.model.fused import FusedForCausalLM
     from ultrafuser.model.load import LoadOptions, load_model
+    from ultrafuser.model.target import check_model_target
 
     named = dict(model.split("=", 1) for model in models if "=" in model)
     if len(named) != len(models) and (named or len(models) > 1):
@@ -61,6 +64,7 @@ def extract_adapters(
             after = FusedForCausalLM.from_specialists({"model": out / name}, templates=template, tokenizer=tokenizer)
             quality += [replace(loss, model=name) for loss in measure_quality(before, after, tokenizer, held_out)]
     else:
+        check_model_target(out)
         check_fused_family(models[0], base)
         fused, tokenizer = load_model(models[0], LoadOptions(device="cpu"))
         shared, extracts = extract_fused(fused, base, max_rank=max_rank, energy=energy, share=share)
@@ -74,7 +78,7 @@ def extract_adapters(
 
 def merge_adapters(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a fused model with adapters.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write; replaced if it exists.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write; a model there is replaced.")],
 ) -> None:
     """Write a fused model with adapters as one of whole specialists, which needs nothing else on the disk.
 

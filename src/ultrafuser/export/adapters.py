@@ -32,6 +32,7 @@ from ultrafuser.model.lora import merge_adapter, write_adapter
 from ultrafuser.model.outline import outline, read_config, without_weights
 from ultrafuser.model.shared_base import share_base
 from ultrafuser.model.specialist import load_specialist, parse_source
+from ultrafuser.model.target import check_adapters_target, check_model_target
 from ultrafuser.model.vocabulary import trim_vocabulary
 
 FUSED = "fused"
@@ -146,14 +147,15 @@ def extract_specialists(
     Args:
         base_place: Folder or hub id of the base.
         tuned: Folder or hub id of each fine-tune.
-        output: Replaced, whole or not at all.
+        output: Replaced, whole or not at all, if it holds adapters alone.
         energy, share, max_rank: As in `extract_fused`.
 
     Raises:
         ConfigError: An energy, share or name that is none.
-        ModelError: One of them is no fine-tune of the base, or the disk refuses.
+        ModelError: One of them is no fine-tune of the base, the output holds something else, or the disk refuses.
     """
     _check_wishes(energy, share)
+    check_adapters_target(output)
     for name in tuned:
         check_name(name)
     source = parse_source(base_place)
@@ -217,6 +219,7 @@ def save_merged(place: str, output: Path) -> Path:
     Raises:
         ModelError: It has no adapters, or cannot be read or written.
     """
+    check_model_target(output)
     model, tokenizer = load_model(place, LoadOptions(device="cpu"))
     if not has_adapters(model):
         raise ModelError(f"{place} has no adapters to merge")

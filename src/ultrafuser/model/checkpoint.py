@@ -38,6 +38,7 @@ from ultrafuser.model.lora import add_adapter, frozen_state
 from ultrafuser.model.model_card import write_model_card
 from ultrafuser.model.shared_base import check_adapters, share_base
 from ultrafuser.model.specialist import first_line, load_specialist, load_tokenizer, state_digest, tensors_digest
+from ultrafuser.model.target import check_model_target
 from ultrafuser.model.vocabulary import trim_vocabulary
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def save_fused(
 
     Args:
         model: What to save.
-        folder: Replaced if it exists.
+        folder: Replaced if it is a fused model.
         tokenizer: Saved beside the weights, with the first template as its chat template where it has none.
         gate_only: Leave the specialists out and refer to them; each must have come from a folder or the hub and be as
             it was there, which is checked by reading it once more.
@@ -70,9 +71,11 @@ def save_fused(
         max_shard_size: Of the safetensors files.
 
     Raises:
-        ModelError: `gate_only` with a specialist that came from no folder or was trained since; or a disk that refuses.
+        ModelError: `gate_only` with a specialist that came from no folder or was trained since; a folder that holds
+            something else, which would be lost; or a disk that refuses.
     """
     folder = Path(folder)
+    check_model_target(folder)
     if not gate_only and any(is_lean(specialist) for specialist in model.specialists.values()):
         raise ModelError("only the gate and the heads of this model are in memory: save it with gate_only=True")
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")

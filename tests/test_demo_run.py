@@ -11,7 +11,8 @@ from ultrafuser.analysis.results import Results, read_results
 from ultrafuser.demo import ingredients
 from ultrafuser.demo import recipe as demo_recipe
 from ultrafuser.demo import run as demo_run
-from ultrafuser.demo.run import run_demo
+from ultrafuser.demo.run import check_own, run_demo
+from ultrafuser.errors import ConfigError
 from ultrafuser.model.fused import FusedForCausalLM
 
 MODELS = [
@@ -78,6 +79,24 @@ def test_the_folder_has_a_report_a_recipe_and_a_model_that_loads(finished: tuple
     assert "fused:stage2" in (folder / "report.html").read_text(encoding="utf-8")
     assert (folder / "recipe.yaml").read_text(encoding="utf-8").startswith("name: demo")
     assert FusedForCausalLM.from_pretrained(folder / "model").names == ["text", "code", "math"]
+
+
+def test_a_fresh_run_may_delete_a_demo_and_nothing_else(finished: tuple[Path, Results], tmp_path: Path):
+    folder, _ = finished
+    check_own(folder)
+    (tmp_path / "untrained").mkdir()
+    check_own(tmp_path)
+
+    for name in ("thesis.txt", "model-of-mine"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ConfigError, match=f"holds {name}, which no demo wrote, so --fresh does not delete it"):
+            run_demo(tmp_path, fresh=True)
+        (tmp_path / name).rmdir()
+    (tmp_path / "untrained").rename(tmp_path / "data")
+    with pytest.raises(ConfigError, match="holds no demo"):
+        run_demo(tmp_path, fresh=True)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished: tuple[Path, Results], tmp_path: Path):

@@ -28,6 +28,7 @@ from ultrafuser.demo.exam import Grade, make_exam, take_exam
 from ultrafuser.demo.ingredients import train_tokenizer, untrained_model, write_training_files
 from ultrafuser.demo.recipe import BASE, DOMAINS, FURTHER, ITEMS_PER_DOMAIN, TEMPLATES, TEST_ITEMS, demo_recipe, tuned
 from ultrafuser.demo.world import Split, make_items
+from ultrafuser.errors import ConfigError
 from ultrafuser.evaluation.losses import score_losses
 from ultrafuser.model.checkpoint import save_fused
 from ultrafuser.model.fused import FusedForCausalLM
@@ -38,6 +39,8 @@ from ultrafuser.train.tracking.metrics import read_metrics
 from ultrafuser.train.trainer import Trainer
 
 SHOWN_SAMPLES = 40  # rows of the heatmap per domain
+# What a run may leave in its folder, from the first minute ("untrained") on; phases come on top.
+OWN = {"untrained", "data", "specialists", "model", "recipe.yaml", "results.json", "report.html", "inspection"}
 CURVE_PHASES = ("tune-text", "tune-code", "tune-math", "tune-further", "direct", "stage1", "stage2")
 
 
@@ -52,11 +55,28 @@ def run_demo(
         fresh: Delete an earlier run first.
         composed_share: Part of each fusion batch that joins two domains; None: the demo's own.
         split: Of the questions it is examined on; settings are to be chosen on "validation".
+
+    Raises:
+        ConfigError: `fresh`, and the folder holds what no demo wrote.
     """
-    if fresh:
-        shutil.rmtree(folder, ignore_errors=True)
+    if fresh and folder.exists():
+        check_own(folder)
+        shutil.rmtree(folder)
     transformers_logging.disable_progress_bar()  # its models load in milliseconds: the bars would hide ours
     return Demo(folder, seed=seed, composed_share=composed_share, split=split).run()
+
+
+def check_own(folder: Path) -> None:
+    """Refuse a folder that holds anything but a demo.
+
+    Raises:
+        ConfigError: Names what a fresh run would delete with it.
+    """
+    names = [path.name for path in sorted(folder.iterdir())] if folder.is_dir() else []
+    strange = [name for name in names if name not in {*OWN, *CURVE_PHASES, "tune-base"}]
+    if strange or "untrained" not in names:
+        what = f"{strange[0]}, which no demo wrote" if strange else "no demo"
+        raise ConfigError(f"{folder} holds {what}, so --fresh does not delete it: give another --folder")
 
 
 class Demo:

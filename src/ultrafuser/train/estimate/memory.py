@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from ultrafuser.config.recipe import Recipe
 from ultrafuser.config.training import StageConfig
+from ultrafuser.model.device import multiplies_bf16
 from ultrafuser.model.linear_loss import MOST_TOKENS_ON_CPU
 from ultrafuser.train.estimate.activations import (
     Piece,
@@ -219,14 +222,15 @@ def _loss(job: Job, piece: Piece) -> dict[str, int]:
     if job.on_cpu:
         chunk = min(chunk, MOST_TOKENS_ON_CPU)
     vocabulary = min(shape.vocabulary for shape in job.shapes)
-    low = job.precision.compute < 4
+    product = _product_bytes(job)
+    low = product < 4
     trains = job.stage.train_specialists
     own = 0 if trains else len(shapes)  # in stage 1 each specialist's own logits stay, for the gradient of its weight
     heads = sum(shape.head_parameters for shape in shapes)
     widest = max(shape.head_parameters for shape in shapes)
     sizes = {
-        "logits": chunk * vocabulary * (4 * (1 + own) + (job.precision.compute if low and trains else 0)),
-        "heads": (heads * job.precision.compute if job.precision.is_mixed else 0) + (4 * widest if low else 0),
+        "logits": chunk * vocabulary * (4 * (1 + own) + (product if low and trains else 0)),
+        "heads": (heads * product if product != job.precision.weights else 0) + (4 * widest if low else 0),
         "gradients of heads": 4 * heads if job.trains_everything else 0,
         "activations of the gate": _gate_activations(job, piece),
     }
@@ -237,6 +241,12 @@ def _loss(job: Job, piece: Piece) -> dict[str, int]:
     else:
         sizes["hidden states"] = sum(piece.responses * shape.hidden_size * job.precision.weights for shape in shapes)
     return sizes
+
+
+def _product_bytes(job: Job) -> int:
+    """Of a number in the products of the loss, which makes them in fp32 where a CPU has no instructions for bf16."""
+    is_bf16 = job.recipe.train.precision == "bf16" or job.recipe.dtype == "bfloat16"
+    return 4 if is_bf16 and job.on_cpu and not multiplies_bf16(torch.device("cpu")) else job.precision.compute
 
 
 def _gate_activations(job: Job, piece: Piece) -> int:

@@ -4,7 +4,8 @@
 
 Runs in the environment of `scripts/vllm_env.sh`, which cannot hold our other tools; tests and studies call it.
 A job: {"name", "model", "args": of LLM, "prompts": lists of ids, "sampling": of SamplingParams, "extra": of each
-prompt, what `vllm_xargs` would hold, "alone": one prompt after another instead of all at once, "task": "generate",
+prompt, what `vllm_xargs` would hold, "alone": one prompt after another instead of all at once, "reload": load the
+weights once more in the end and tell the error, "task": "generate",
 "refuse" (only the configuration is made) or "lm-eval"}.
 """
 
@@ -63,6 +64,8 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     }
     if not args.get("enforce_eager"):
         found["compiled_to"] = llm.apply_model(compiled_to)[0]
+    if job.get("reload"):
+        found["reloaded"] = llm.apply_model(reload_error)[0]
     del llm
     _clean()
     return found
@@ -72,6 +75,17 @@ def compiled_to(model: Any) -> dict[str, str]:
     """Where the compiled graph of each part of a model is kept for the next start."""
     parts = ((name, getattr(part, "_aot_compilation_path", None)) for name, part in model.named_modules())
     return {name: path for name, path in parts if path}
+
+
+def reload_error(model: Any) -> str:
+    """What a model says to weights that come a second time; nothing where it takes them."""
+    from ultrafuser.errors import ModelError
+
+    try:
+        model.load_weights(iter(()))
+    except ModelError as error:
+        return str(error)
+    return ""
 
 
 def refuse(job: dict[str, Any]) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def jobs(folders: dict[str, Path]) -> list[dict[str, Any]]:
         job("together", "shards", PROMPTS),
         job("alone", "shards", PROMPTS, alone=True),
         job("chunks", "shards", PROMPTS[:40], chunks),
-        job("scored", "shards", FEW, {"enable_prefix_caching": False}, sampling={"prompt_logprobs": 0}),
+        job("scored", "shards", FEW, {"enable_prefix_caching": False}, sampling={"prompt_logprobs": 0}, reload=True),
         *(job(name, name, FEW) for name in ("gate", "mixed", "solo", "uniform")),
         job("drafted", "shards", FEW, {"speculative_config": drafter}),
         job("compiled", "shallow", FEW, {"enforce_eager": False}),
@@ -228,6 +228,10 @@ def test_no_specialist_loads_the_compiled_graph_of_another(answers: Any):
 
     assert [name.split(".")[1] for name in kept] == ["text", "code"]
     assert len(set(kept.values())) == 2
+
+
+def test_weights_are_not_loaded_over_a_joined_head(answers: Any):
+    assert "loaded once: start the server anew" in answers["scored"]["reloaded"]
 
 
 def test_two_processes_that_share_every_layer_write_the_same(answers: Any, expected: Any):

@@ -76,6 +76,7 @@ class FusedForVllm(nn.Module):
             for source in (config.sources if config.gate_only else ())
             if source["name"] in self.names
         ]
+        self._is_loaded = False
         self._first_runner: Any = None
         if wants_own_prompts(vllm_config):
             self._read_own_prompts(vllm_config)
@@ -164,8 +165,10 @@ class FusedForVllm(nn.Module):
         """Deal the weights of a checkpoint to specialists and gate, then join the heads.
 
         Raises:
-            ModelError: A weight is missing.
+            ModelError: A weight is missing, or weights were loaded before: the heads that would take them are gone.
         """
+        if self._is_loaded:
+            raise ModelError("the weights of a fused model are loaded once: start the server anew to take others")
         loaded = {"lm_head.weight"}  # joined below
         for owner, part in deal(weights, self.config):
             if owner == GATE:
@@ -176,6 +179,7 @@ class FusedForVllm(nn.Module):
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ModelError(f"the checkpoint lacks the weight {missing[0]!r}{more}: it is incomplete, fetch it again")
         self._join_heads()
+        self._is_loaded = True
         return loaded
 
     def _load_gate(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:

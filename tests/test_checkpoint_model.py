@@ -433,6 +433,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
 
 def test_a_new_save_replaces_the_old_folder_wholly(tmp_path):
     save_fused(make_fused(make_mixed()), tmp_path / "fused", max_shard_size="10KB")
+    (tmp_path / "fused" / "inspection").mkdir()  # of the old model, so it goes with it
     new = make_fused()
 
     save_fused(new, tmp_path / "fused")

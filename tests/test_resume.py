@@ -19,9 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from training_helpers import DOMAINS, TrainingServer, training_server, untimed_metrics, write_ingredients
 from ultrafuser.chat.library import load_template
 from ultrafuser.chat.messages import Message
+from ultrafuser.config.load import load_recipe
+from ultrafuser.errors import ModelError
 from ultrafuser.generation import SamplingParams
 from ultrafuser.model.generator import FusedGenerator
 from ultrafuser.train.checkpoint import find_damage, list_checkpoints
+from ultrafuser.train.trainer import Trainer
 
 PHASE = {"stage": {"train_specialists": True, "composed_share": 0.25}, "train": {"keep_checkpoints": 1}}
 PHASES = ("tune-text", "stage1", "stage2")
@@ -314,3 +317,13 @@ def test_an_ablation_is_a_matter_of_the_recipe(
     assert code == 0, said
     assert {path.parent.name for path in (folder / "run").glob("*/metrics.jsonl")} == phases
     assert (folder / "run" / "model" / "config.json").is_file()
+
+
+def test_what_stands_where_the_model_will_be_is_found_before_anything_is_trained(tmp_path: Path):
+    recipe = load_recipe(write_ingredients(tmp_path))
+    (tmp_path / "run" / "model" / "notes").mkdir(parents=True)
+
+    with pytest.raises(ModelError, match=r"model/notes is no part of a fused model: choose another folder"):
+        Trainer(recipe).run()
+
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["model"]

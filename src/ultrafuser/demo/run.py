@@ -34,6 +34,7 @@ from ultrafuser.model.checkpoint import save_fused
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.generator import FusedGenerator
 from ultrafuser.model.specialist import load_specialist
+from ultrafuser.model.target import check_model_target
 from ultrafuser.provenance import hardware, versions
 from ultrafuser.train.tracking.metrics import read_metrics
 from ultrafuser.train.trainer import Trainer
@@ -58,10 +59,12 @@ def run_demo(
 
     Raises:
         ConfigError: `fresh`, and the folder holds what no demo wrote.
+        ModelError: What stands where the model will be is none.
     """
     if fresh and folder.exists():
         check_own(folder)
         shutil.rmtree(folder)
+    check_model_target(folder / "model")
     transformers_logging.disable_progress_bar()  # its models load in milliseconds: the bars would hide ours
     return Demo(folder, seed=seed, composed_share=composed_share, split=split).run()
 

@@ -9,7 +9,8 @@ from typing import NoReturn
 from ultrafuser.errors import ModelError
 from ultrafuser.model.configuration import FusedConfig
 
-OWN_FOLDERS = {"adapters"}  # within a fused model
+# Within a fused model: its own, what `ultrafuser inspect` said of the one that is replaced, notes of a download.
+OWN_FOLDERS = {"adapters", "inspection", ".cache"}
 
 
 def check_model_target(folder: Path) -> None:

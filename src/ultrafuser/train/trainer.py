@@ -35,6 +35,7 @@ from ultrafuser.model.lean import SpecialistLoader, build_lean
 from ultrafuser.model.lora import has_adapter, write_adapter
 from ultrafuser.model.loss_backends import check_backend
 from ultrafuser.model.specialist import load_tokenizer
+from ultrafuser.model.target import check_model_target
 from ultrafuser.train.adapters import check_adapted_stages, give_adapters
 from ultrafuser.train.environment import note_start
 from ultrafuser.train.hidden.fill import SpecialistsInMemory
@@ -133,7 +134,9 @@ class Trainer:
 
         Raises:
             TrainingError: It cannot be written; before any weights are read.
+            ModelError: What stands where the model will be is none.
         """
+        check_model_target(self.folder / "model")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / f".probe-{os.getpid()}"

@@ -183,6 +183,19 @@ def test_adapters_never_replace_the_models_they_were_taken_from(tmp_path: Path):
     assert sorted(path.name for path in (tmp_path / "tuned").iterdir()) == ["a", "b"]
 
 
+@pytest.mark.parametrize("command", ["extract-adapters", "merge-adapters"])
+def test_what_is_made_of_a_model_does_not_replace_it(command: str, tmp_path: Path):
+    folder = save_fused(make_fused(), tmp_path / "fused", tokenizer=make_tokenizer())
+    before = sorted(path.name for path in folder.iterdir())
+    base = [str(tmp_path)] if command == "extract-adapters" else []
+
+    ended = CliRunner().invoke(app, [command, *base, str(folder), "--out", str(folder)])
+
+    assert isinstance(ended.exception, ConfigError)
+    assert "is the model itself, which would be lost" in str(ended.exception)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
 def test_an_energy_that_is_none_is_refused(family: dict[str, Any]):
     with pytest.raises(ConfigError, match="energy 1"):
         extract_fused(family["model"], str(family["folder"] / "base"), energy=1.5)

@@ -178,7 +178,7 @@ def test_an_interrupted_export_leaves_the_old_one(model_folder: Path, tmp_path: 
 def test_a_model_is_not_exported_onto_itself(model_folder: Path):
     before = (model_folder / "config.json").read_bytes()
 
-    with pytest.raises(ConfigError, match="is the model itself, whose own templates would be lost"):
+    with pytest.raises(ConfigError, match="is the model itself, which would be lost: choose another folder"):
         export(str(model_folder), model_folder, "vllm", "chatml", None, 64, False, "")
 
     assert (model_folder / "config.json").read_bytes() == before

@@ -31,16 +31,13 @@ def export(
     from rich.console import Console
     from rich.table import Table
 
-    from ultrafuser.errors import ConfigError
     from ultrafuser.export.records import held_out_conversations
     from ultrafuser.export.shared import measure_cost, save_shared, shared_template
     from ultrafuser.model.load import LoadOptions, load_model
-    from ultrafuser.model.target import check_model_target
+    from ultrafuser.model.target import check_export_target
     from ultrafuser.vllm_plugin.checks import check_options
 
-    check_model_target(output)
-    if output.resolve() == Path(model).resolve():
-        raise ConfigError(f"{output} is the model itself, whose own templates would be lost: choose another folder")
+    check_export_target(output, model)
     held_out = held_out_conversations(data, per_domain=records) if data is not None else {}
     fused, tokenizer = load_model(model, LoadOptions(device=device))
     check_options(fused.config, gate_only=gate_only)

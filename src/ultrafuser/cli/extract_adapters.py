@@ -50,7 +50,7 @@ def extract_adapters(
     from ultrafuser.model.checkpoint import save_fused
     from ultrafuser.model.fused import FusedForCausalLM
     from ultrafuser.model.load import LoadOptions, load_model
-    from ultrafuser.model.target import check_model_target
+    from ultrafuser.model.target import check_export_target
 
     named = dict(model.split("=", 1) for model in models if "=" in model)
     if len(named) != len(models) and (named or len(models) > 1):
@@ -64,7 +64,7 @@ def extract_adapters(
             after = FusedForCausalLM.from_specialists({"model": out / name}, templates=template, tokenizer=tokenizer)
             quality += [replace(loss, model=name) for loss in measure_quality(before, after, tokenizer, held_out)]
     else:
-        check_model_target(out)
+        check_export_target(out, models[0])
         check_fused_family(models[0], base)
         fused, tokenizer = load_model(models[0], LoadOptions(device="cpu"))
         shared, extracts = extract_fused(fused, base, max_rank=max_rank, energy=energy, share=share)

@@ -41,7 +41,17 @@ from ultrafuser.train.trainer import Trainer
 
 SHOWN_SAMPLES = 40  # rows of the heatmap per domain
 # What a run may leave in its folder, from the first minute ("untrained") on; phases come on top.
-OWN = {"untrained", "data", "specialists", "model", "recipe.yaml", "results.json", "report.html", "inspection"}
+OWN = {
+    "untrained",
+    "data",
+    "tune-base",
+    "specialists",
+    "model",
+    "recipe.yaml",
+    "results.json",
+    "report.html",
+    "inspection",
+}
 CURVE_PHASES = ("tune-text", "tune-code", "tune-math", "tune-further", "direct", "stage1", "stage2")
 
 
@@ -76,7 +86,7 @@ def check_own(folder: Path) -> None:
         ConfigError: Names what a fresh run would delete with it.
     """
     names = [path.name for path in sorted(folder.iterdir())] if folder.is_dir() else []
-    strange = [name for name in names if name not in {*OWN, *CURVE_PHASES, "tune-base"}]
+    strange = [name for name in names if name not in {*OWN, *CURVE_PHASES}]
     if strange or "untrained" not in names:
         what = f"{strange[0]}, which no demo wrote" if strange else "no demo"
         raise ConfigError(f"{folder} holds {what}, so --fresh does not delete it: give another --folder")

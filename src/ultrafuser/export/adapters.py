@@ -32,7 +32,7 @@ from ultrafuser.model.lora import merge_adapter, write_adapter
 from ultrafuser.model.outline import outline, read_config, without_weights
 from ultrafuser.model.shared_base import share_base
 from ultrafuser.model.specialist import load_specialist, parse_source
-from ultrafuser.model.target import check_adapters_target, check_model_target
+from ultrafuser.model.target import check_adapters_target, check_export_target
 from ultrafuser.model.vocabulary import trim_vocabulary
 
 FUSED = "fused"
@@ -217,9 +217,10 @@ def save_merged(place: str, output: Path) -> Path:
     """Write a model with adapters as whole models.
 
     Raises:
+        ConfigError: The output is the model itself.
         ModelError: It has no adapters, or cannot be read or written.
     """
-    check_model_target(output)
+    check_export_target(output, place)
     model, tokenizer = load_model(place, LoadOptions(device="cpu"))
     if not has_adapters(model):
         raise ModelError(f"{place} has no adapters to merge")

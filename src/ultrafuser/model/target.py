@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import NoReturn
 
-from ultrafuser.errors import ModelError
+from ultrafuser.errors import ConfigError, ModelError
 from ultrafuser.model.configuration import FusedConfig
 
 # Within a fused model: its own, what `ultrafuser inspect` said of the one that is replaced, notes of a download.
@@ -23,6 +23,18 @@ def check_model_target(folder: Path) -> None:
     for path in _entries(folder):
         if not is_fused or (path.is_dir() and path.name not in OWN_FOLDERS):
             _refuse(folder, path, "a fused model")
+
+
+def check_export_target(folder: Path, model: str) -> None:
+    """Refuse a folder for what is made of a model: something else than a fused model, or that model itself.
+
+    Raises:
+        ConfigError: The model would be replaced by what is made of it.
+        ModelError: As `check_model_target`.
+    """
+    check_model_target(folder)
+    if folder.resolve() == Path(model).resolve():
+        raise ConfigError(f"{folder} is the model itself, which would be lost: choose another folder")
 
 
 def check_adapters_target(folder: Path) -> None:

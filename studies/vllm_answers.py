@@ -5,8 +5,8 @@
 Runs in the environment of `scripts/vllm_env.sh`, which cannot hold our other tools; tests and studies call it.
 A job: {"name", "model", "args": of LLM, "prompts": lists of ids, "sampling": of SamplingParams, "extra": of each
 prompt, what `vllm_xargs` would hold, "alone": one prompt after another instead of all at once, "reload": load the
-weights once more in the end and tell the error, "task": "generate",
-"refuse" (only the configuration is made) or "lm-eval"}.
+weights once more in the end and tell the error, "task": "generate", "refuse" (only the configuration is made) or
+"lm-eval"}. A model that the job before has loaded with the same "args" stays, with an empty prefix cache.
 """
 
 from __future__ import annotations
@@ -29,13 +29,45 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 DEFAULTS = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 128, "gpu_memory_utilization": 0.02}
 
 
+class Loaded:
+    """The model of the last job, while the next one may want it."""
+
+    def __init__(self) -> None:
+        self.llm: Any = None
+        self.of: tuple[str, dict[str, Any]] | None = None
+
+    def get(self, model: str, args: dict[str, Any]) -> Any:
+        """The model in vLLM, as fresh as if it were loaded now."""
+        from vllm import LLM
+
+        if self.of == (model, args):
+            self.llm.reset_prefix_cache()
+        else:
+            self.drop()
+            self.llm, self.of = LLM(model, **args), (model, args)
+        return self.llm
+
+    def drop(self) -> None:
+        """Free all that it holds."""
+        if self.of is None:
+            return
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.llm = self.of = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+LOADED = Loaded()
+
+
 def generate(job: dict[str, Any]) -> dict[str, Any]:
     """Tokens, their log-probabilities, and those of prompts where asked for."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     started = time.perf_counter()
     args = DEFAULTS | {"distributed_executor_backend": "uni"} | job.get("args", {})
-    llm = LLM(job["model"], **args)
+    llm = LOADED.get(job["model"], args)
     ready = time.perf_counter()
     sampling = {"temperature": 0.0, "max_tokens": 16, "logprobs": 0} | job.get("sampling", {})
     extras = job.get("extra") or [None] * len(job["prompts"])
@@ -66,8 +98,6 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
         found["compiled_to"] = llm.apply_model(compiled_to)[0]
     if job.get("reload"):
         found["reloaded"] = llm.apply_model(reload_error)[0]
-    del llm
-    _clean()
     return found
 
 
@@ -120,13 +150,6 @@ def lm_eval(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _clean() -> None:
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    gc.collect()
-    cleanup_dist_env_and_memory()
-
-
 TASKS = {"generate": generate, "refuse": refuse, "lm-eval": lm_eval}
 
 
@@ -134,7 +157,10 @@ def main(jobs: Path, answers: Path) -> None:
     """Answer every job; what was found so far is on the disk after each."""
     found: dict[str, Any] = {}
     for job in json.loads(jobs.read_text()):
-        found[job["name"]] = TASKS[job.get("task", "generate")](job)
+        task = TASKS[job.get("task", "generate")]
+        if task is not generate:
+            LOADED.drop()
+        found[job["name"]] = task(job)
         answers.write_text(json.dumps(found))
 
 

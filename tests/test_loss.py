@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import make_fused, make_mixed, make_model
 from ultrafuser.errors import ModelError
+from ultrafuser.model import chunked_pass
 from ultrafuser.model.backbone import head_logits, linear_head
 from ultrafuser.model.loss import LinearHead, fused_loss, fused_nll
 
@@ -112,7 +114,7 @@ def assert_equal_to_reference(case: Case, dtype: torch.dtype, *, scale: Tensor |
 @given(data=st.data())
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_loss_and_gradients_equal_a_float64_reference(dtype: torch.dtype, data: st.DataObject):
-    """Whatever the shapes, whatever is frozen, tied, biased or cut to a common vocabulary."""
+    """Whatever the shapes, whatever is frozen, tied, biased or cut to a common vocabulary, in whatever blocks."""
     sizes = data.draw(st.lists(st.integers(1, 24), min_size=1, max_size=4))
     parts = st.lists(st.sampled_from(["hiddens", "heads", "weights"]), unique=True)
     case = Case(
@@ -128,9 +130,10 @@ def test_loss_and_gradients_equal_a_float64_reference(dtype: torch.dtype, data: 
     )
     unequal = data.draw(st.booleans())
 
-    assert_equal_to_reference(
-        case, dtype, scale=case.scale if unequal else None, chunk=data.draw(st.sampled_from([1, 4, 100]))
-    )
+    with patch.object(chunked_pass, "_BLOCK", data.draw(st.sampled_from([1, 7, 1024]))):
+        assert_equal_to_reference(
+            case, dtype, scale=case.scale if unequal else None, chunk=data.draw(st.sampled_from([1, 4, 100]))
+        )
 
 
 def test_specialists_may_be_frozen_one_by_one():

@@ -8,12 +8,14 @@ Shapes: M tokens, C of them in a chunk, N specialists, H hidden size (may differ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+_BLOCK = 1024  # of the vocabulary in one product on a CPU, so that what it writes stays in the core's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,21 +151,27 @@ class ChunkedPass:
         fused = self._take("fused", self.exact, len(mix)).zero_()
         for i, (hidden, head, bias) in enumerate(zip(hiddens, self.heads, self.biases, strict=True)):
             weight = mix[:, i, None]
-            # In fp32 for bf16, too: a logit rounded to bf16 moves its probability by percents, and a product of bf16
-            # numbers is exact in fp32.
-            hidden, head = hidden.to(self.exact), head.to(self.exact)
+            hidden = hidden.to(self.exact)
+            own = None
             if self.kept[i] or self.wanted.details:
                 own = self._take(i if self.kept[i] else "own", self.exact, len(mix))
-                torch.mm(hidden, head.T, out=own)
-                fused.addcmul_(own, weight)
-                if self.kept[i]:
-                    kept[i] = own
-                if self.wanted.details:
-                    logits = own if bias is None else own + bias
-                    target = self.inputs.labels[rows, None]
-                    self.losses.specialist_nll[rows, i] = logits.logsumexp(dim=-1) - logits.gather(1, target)[:, 0]
             else:
-                fused.addmm_(hidden * weight, head.T)
+                hidden = hidden * weight
+            for block in self._blocks():
+                # In fp32 for bf16, too: a logit rounded to bf16 moves its probability by percents, and a product of
+                # bf16 numbers is exact in fp32.
+                columns = head[block].to(self.exact).T
+                if own is None:
+                    fused[:, block].addmm_(hidden, columns)
+                else:
+                    torch.mm(hidden, columns, out=own[:, block])
+                    fused[:, block].addcmul_(own[:, block], weight)
+            if own is not None and self.kept[i]:
+                kept[i] = own
+            if own is not None and self.wanted.details:
+                logits = own if bias is None else own + bias
+                target = self.inputs.labels[rows, None]
+                self.losses.specialist_nll[rows, i] = logits.logsumexp(dim=-1) - logits.gather(1, target)[:, 0]
             if bias is not None:
                 fused.addmm_(weight, bias[None])
         return kept
@@ -208,6 +216,12 @@ class ChunkedPass:
     def _dot(self, own: Tensor, slope: Tensor) -> Tensor:
         """Row by row; `own` is not needed afterwards."""
         return own.mul_(slope).sum(dim=-1)
+
+    def _blocks(self) -> Iterator[slice]:
+        """Parts of the vocabulary whose logits are multiplied at once; all of it where a GPU does so."""
+        width = _BLOCK if self.device.type == "cpu" else self.vocabulary
+        for start in range(0, self.vocabulary, width):
+            yield slice(start, start + width)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.exact, device=self.device)

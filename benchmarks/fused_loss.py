@@ -113,7 +113,7 @@ def own(inputs: Inputs, weights: Tensor, chunk: int) -> Tensor:
 
 def whole(inputs: Inputs, weights: Tensor, chunk: int) -> Tensor:
     """Ours, with each head in one product and not in blocks of rows."""
-    with patch.object(chunked_pass, "_BLOCK", len(inputs.heads[0])):
+    with patch.object(chunked_pass, "MOST_ROWS_ON_CPU", len(inputs.heads[0])):
         return own(inputs, weights, chunk)
 
 

@@ -130,7 +130,7 @@ def test_loss_and_gradients_equal_a_float64_reference(dtype: torch.dtype, data: 
     )
     unequal = data.draw(st.booleans())
 
-    with patch.object(chunked_pass, "_BLOCK", data.draw(st.sampled_from([1, 7, 1024]))):
+    with patch.object(chunked_pass, "MOST_ROWS_ON_CPU", data.draw(st.sampled_from([1, 7, 1024]))):
         assert_equal_to_reference(
             case, dtype, scale=case.scale if unequal else None, chunk=data.draw(st.sampled_from([1, 4, 100]))
         )

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# Rows of a head in one product on a CPU: a bf16 head is then never copied to fp32 whole.
-_BLOCK = 1024
+# Rows of a head in one product; a bf16 head is then never copied to fp32 whole. A GPU multiplies all rows at once.
+MOST_ROWS_ON_CPU = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,7 @@ class ChunkedPass:
 
     def _blocks(self) -> Iterator[slice]:
         """Parts of the vocabulary whose logits are multiplied at once; all of it where a GPU does so."""
-        width = _BLOCK if self.device.type == "cpu" else self.vocabulary
+        width = MOST_ROWS_ON_CPU if self.device.type == "cpu" else self.vocabulary
         for start in range(0, self.vocabulary, width):
             yield slice(start, start + width)
 

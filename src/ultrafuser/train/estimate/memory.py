@@ -13,6 +13,7 @@ import torch
 
 from ultrafuser.config.recipe import Recipe
 from ultrafuser.config.training import StageConfig
+from ultrafuser.model.chunked_pass import MOST_ROWS_ON_CPU
 from ultrafuser.model.device import multiplies_bf16
 from ultrafuser.model.linear_loss import MOST_TOKENS_ON_CPU
 from ultrafuser.train.estimate.activations import (
@@ -227,7 +228,8 @@ def _loss(job: Job, piece: Piece) -> dict[str, int]:
     trains = job.stage.train_specialists
     own = 0 if trains else len(shapes)  # in stage 1 each specialist's own logits stay, for the gradient of its weight
     heads = sum(shape.head_parameters for shape in shapes)
-    widest = max(shape.head_parameters for shape in shapes)
+    rows = min(vocabulary, MOST_ROWS_ON_CPU) if job.on_cpu else vocabulary
+    widest = rows * max(shape.hidden_size for shape in shapes)  # of a head in fp32 while it is multiplied
     sizes = {
         "logits": chunk * vocabulary * (4 * (1 + own) + (product if low and trains else 0)),
         "heads": (heads * product if product != job.precision.weights else 0) + (4 * widest if low else 0),

@@ -192,7 +192,8 @@ def test_a_key_may_ask_so_much_at_once():
             next(lines)
             assert served.ask().status_code == 429
         assert served.is_idle()
-        assert served.ask(max_tokens=1).status_code == 200
+        # The engine is free a moment before the request's own end is counted.
+        assert eventually(lambda: served.ask(max_tokens=1).status_code == 200)
 
 
 def test_row_34_a_clock_that_jumps_lets_nobody_in_early():

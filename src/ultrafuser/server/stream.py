@@ -33,11 +33,7 @@ class WholeAnswer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Wait for the answer, then send it. Raises ApiError."""
-        try:
-            finished = await _unless_gone(scope, receive, self._collect())
-        finally:
-            self.answering.cancel()
-        if finished:
+        if await _unless_gone(scope, receive, self.answering, self._collect()):
             await JSONResponse(as_json(self.composer.whole()))(scope, receive, send)
 
     async def _collect(self) -> None:
@@ -57,10 +53,7 @@ class StreamedAnswer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send what comes. Raises ApiError while nothing is sent; later an error is the last event."""
-        try:
-            await _unless_gone(scope, receive, self._send(send))
-        finally:
-            self.answering.cancel()
+        await _unless_gone(scope, receive, self.answering, self._send(send))
 
     async def _send(self, send: Send) -> None:
         started = False
@@ -92,8 +85,8 @@ class StreamedAnswer(Response):
         yield b"data: [DONE]\n\n"
 
 
-async def _unless_gone(scope: Scope, receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
-    """Do some work, and drop it when the client goes away; whether it was done."""
+async def _unless_gone(scope: Scope, receive: Receive, answering: Answering, work: Coroutine[Any, Any, None]) -> bool:
+    """Send an answer, and drop it when the client goes away; whether it was sent. The engine holds nothing then."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnect(receive))
     try:
@@ -104,6 +97,7 @@ async def _unless_gone(scope: Scope, receive: Receive, work: Coroutine[Any, Any,
         facts_of(scope).client_gone = True
         return False
     finally:
+        answering.cancel()
         for task in (working, watching):
             task.cancel()
         await asyncio.gather(working, watching, return_exceptions=True)

@@ -83,7 +83,8 @@ class Translator:
     async def _encode(self, encode: Callable[[Given], tuple[Ids, ...]], given: Given, param: str) -> tuple[Ids, ...]:
         work = asyncio.get_running_loop().run_in_executor(self.executor, encode, given)
         try:
-            rows = await asyncio.wait_for(work, self.settings.deadlines.encode_s)
+            async with asyncio.timeout(self.settings.deadlines.encode_s):
+                rows = await work
         except TimeoutError:
             raise ApiError(400, "this text takes too long to tokenise: shorten it", param=param) from None
         except UltrafuserError as error:

@@ -3,6 +3,7 @@
 import json
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server_helpers import ASK, FakeEngine, Served, eventually, make_engine, num_files, raw, rss_bytes, serving
+from server_helpers import ASK, MODEL, FakeEngine, Served, eventually, make_engine, num_files, raw, rss_bytes, serving
+from ultrafuser.engine.requests import Ids
 from ultrafuser.server.settings import Deadlines, Limits
 
 QUICK = Deadlines(read_s=0.5, write_s=0.5)
@@ -253,6 +255,38 @@ def test_row_20_a_client_that_goes_away_frees_everything(stream: bool, when: str
         assert engine.num_cancelled == 1
 
 
+class SlowEncoder(FakeEngine):
+    """Encodes a prompt only when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.may = threading.Event(), threading.Event()
+
+    def encode_text(self, text: str) -> tuple[Ids, ...]:
+        self.asked.set()
+        assert self.may.wait(10)
+        return super().encode_text(text)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_row_20_what_nobody_waits_for_never_reaches_the_engine(path: str, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", "ultrafuser.server")
+    body = json.dumps(ASK if "chat" in path else {"model": MODEL, "prompt": "hi"}).encode()
+    engine = SlowEncoder()
+    with serving(engine) as served:
+        with socket.create_connection(served.address) as connection:
+            connection.sendall(head(path, Content_Type="application/json", Content_Length=str(len(body))) + body)
+            assert engine.asked.wait(5)
+        assert eventually(lambda: not served.server.server_state.connections)  # the server has seen it
+        caplog.clear()
+        engine.may.set()
+
+        assert eventually(lambda: len(caplog.records) == 1)
+        assert vars(caplog.records[0])["fields"]["status"] == 499
+        assert not engine.requests
+        assert served.answers()
+
+
 def test_row_20_two_hundred_impatient_clients():
     """vLLM's test: short deadlines of clients on long answers; then one is answered at once, and no slot is lost."""
     with serving(make_engine(max_choices=4)) as served:
@@ -260,9 +294,11 @@ def test_row_20_two_hundred_impatient_clients():
         before = num_files()
 
         def impatient(number: int) -> None:
-            body = ASK | {"max_tokens": 200, "ignore_eos": True, "stream": bool(number % 2)}
+            stream = bool(number % 2)
+            body = ASK | {"max_tokens": 200, "ignore_eos": True, "stream": stream}
+            wait_s = 0.05 if stream else 0.05 + 0.002 * number
             try:
-                client.post("/v1/chat/completions", json=body, timeout=httpx.Timeout(5, read=0.05))
+                client.post("/v1/chat/completions", json=body, timeout=httpx.Timeout(5, read=wait_s))
             except httpx.TransportError:
                 return
 

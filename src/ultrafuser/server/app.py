@@ -34,7 +34,7 @@ from ultrafuser.server.observer import Observer
 from ultrafuser.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from ultrafuser.server.settings import ServerSettings
 from ultrafuser.server.static import INDEX, Page
-from ultrafuser.server.stream import StreamedAnswer, WholeAnswer
+from ultrafuser.server.stream import NoAnswer, StreamedAnswer, WholeAnswer
 from ultrafuser.server.token_text import TokenText
 from ultrafuser.server.translate import Translator
 
@@ -107,12 +107,16 @@ def _add_answers(
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, every specialist in its own template."""
         requests = await translator.chat(body)
+        if await request.is_disconnected():
+            return NoAnswer()
         return answer(body, submit(request, requests), ChatComposer(body, requests, **about))
 
     @app.post("/v1/completions", response_model=replies.TextCompletion, responses=_STREAM)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Go on with a text that no template has written."""
         requests = await translator.completion(body)
+        if await request.is_disconnected():
+            return NoAnswer()
         prompts = [prompt if isinstance(prompt, str) else engine.decode(prompt) for prompt in body.prompts]
         return answer(body, submit(request, requests), TextComposer(body, requests, prompts=prompts, **about))
 

@@ -85,6 +85,15 @@ class StreamedAnswer(Response):
         yield b"data: [DONE]\n\n"
 
 
+class NoAnswer(Response):
+    """For a client that went away before the engine heard of its request."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send nothing."""
+        del receive, send
+        facts_of(scope).client_gone = True
+
+
 async def _unless_gone(scope: Scope, receive: Receive, answering: Answering, work: Coroutine[Any, Any, None]) -> bool:
     """Send an answer, and drop it when the client goes away; whether it was sent. The engine holds nothing then."""
     working = asyncio.ensure_future(work)

@@ -120,26 +120,18 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     return ask(save_fused(fused, root / "gate", tokenizer=tokenizer, gate_only=True), 4, in_template=False)
 
 
-def test_longer_answers_to_chats_with_a_real_trio_are_those_of_generate(smollm2: Asked, tmp_path: Path):
+@pytest.fixture(scope="module")
+def chats(smollm2: Asked) -> Asked:
+    """The same model, asked less and longer, in its template."""
     generator = FusedGenerator.from_pretrained(str(smollm2.folder), dtype=torch.float32)
-    prompts = [list(generator.encoder.encode_prompt(asking(question))[0]) for question in CHATS]
-    expected = generator.complete(prompts, SamplingParams(max_tokens=12))
-
-    job: dict[str, Any] = {
-        "name": "chats",
-        "model": str(smollm2.folder),
-        "prompts": prompts,
-        "args": {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8},
-        "sampling": {"max_tokens": 12},
-    }
-    found = install().answer([job], tmp_path)["chats"]["tokens"]
-
-    assert without_end(found, smollm2.folder) == [list(answer.token_ids) for answer in expected]
+    prompts = [generator.encoder.encode_prompt(asking(question))[0] for question in CHATS]
+    answers = generator.complete(prompts, SamplingParams(max_tokens=12))
+    return Asked(smollm2.folder, [list(ids) for ids in prompts], 12, [list(answer.token_ids) for answer in answers])
 
 
 @pytest.fixture(scope="module")
-def answers(demo: Asked, smollm2: Asked, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    jobs = [*demo.jobs("demo"), *smollm2.jobs("smollm2")]
+def answers(demo: Asked, smollm2: Asked, chats: Asked, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    jobs = [*demo.jobs("demo"), *smollm2.jobs("smollm2"), *chats.jobs("chats")]
     return install().answer(jobs, tmp_path_factory.mktemp("answers"))
 
 
@@ -153,3 +145,10 @@ def test_a_hundred_prompts_get_the_tokens_of_generate(
 
     assert len(found) == NUM_PROMPTS
     assert without_end(found, asked.folder) == asked.expected
+
+
+@pytest.mark.parametrize("way", ["together", "alone"])
+def test_longer_answers_to_chats_with_a_real_trio_are_those_of_generate(
+    way: str, chats: Asked, answers: dict[str, Any]
+):
+    assert without_end(answers[f"chats, {way}"]["tokens"], chats.folder) == chats.expected

@@ -3,7 +3,8 @@
     python benchmarks/passes.py runs/smollm2/stage1-gate
     python benchmarks/passes.py runs/smollm2/stage1-gate --threads 1 --cpu-time   # on a busy machine
 
-Medians, with the weights as the model has them (`pack=False`) and with a second layout beside them.
+Medians, with weights that are in memory once (`pack=False`), outputs first or inputs first, and with a second layout
+beside what the engine takes here.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 from decode import Bench
 
+from ultrafuser.engine import weights
 from ultrafuser.engine.runner import Feed
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 9)
@@ -35,8 +38,15 @@ def main() -> None:
     torch.set_grad_enabled(False)
     clock = time.thread_time if options.cpu_time else time.perf_counter
     bench = Bench(options.model, quick=True)
-    for pack in (False, True):
-        measure(bench, pack, clock)
+    here = weights.is_avx2()
+    for label, pack, as_on_avx2 in (
+        ("outputs first, as without AVX2 or with AVX-512", False, False),
+        ("inputs first where there are no more of them, as on AVX2", False, True),
+        ("with a second layout", True, here),
+    ):
+        print(label)
+        with patch.object(weights, "is_avx2", lambda told=as_on_avx2: told):
+            measure(bench, pack, clock)
 
 
 @torch.inference_mode()
@@ -60,7 +70,6 @@ def measure(bench: Bench, pack: bool, clock: Callable[[], float]) -> None:
         hidden = runner.hidden({0: Feed([0], [len(prompts[0])], [[50]])}, reduced=reduced)[0]
         runner.logits(0, hidden[0], reduced=reduced)
 
-    print("with a second layout" if pack else "as the model has them")
     for rows in ROWS:
         print(f"  {rows} rows of one choice: {median_ms(lambda rows=rows: read(1, rows), clock):6.1f} ms", flush=True)
     print(f"  one row of {batch} choices: {median_ms(lambda: read(batch, 1), clock):6.1f} ms")

@@ -29,18 +29,18 @@ def break_product(product: Any, value: float) -> list[torch.Tensor]:
         product.weight.fill_(value)
         return before
     assert isinstance(product, PackedProduct)
-    before = break_product(product.one_row, value)
+    before = break_product(product.exact, value)
     pack = torch.ops.mkldnn._reorder_linear_weight
     product.packed = [
         (pack(part.contiguous(), 16), bias)
-        for part, (_, bias) in zip(product.one_row.weight, product.packed, strict=True)
+        for part, (_, bias) in zip(product.exact.weight, product.packed, strict=True)
     ]
     return before
 
 
 def mend_product(product: Any, before: list[torch.Tensor]) -> None:
     """Undo `break_product`."""
-    exact = product if isinstance(product, ExactProduct) else product.one_row
+    exact = product if isinstance(product, ExactProduct) else product.exact
     exact.weight.copy_(before[0])
     if isinstance(product, PackedProduct):
         pack = torch.ops.mkldnn._reorder_linear_weight

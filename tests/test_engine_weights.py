@@ -12,11 +12,19 @@ from torch import nn
 
 from engine_helpers import assert_answers, greedy, make_engine, make_similar, run, twin
 from helpers import make_fused, make_mixed, make_model, make_trio
+from ultrafuser.engine import weights
 from ultrafuser.engine.reduced import HalfProduct, Int4Product, Int8Product, is_half_as_fast, is_int4_fast
 from ultrafuser.engine.weights import ExactProduct, PackedProduct, can_pack, make_product
 from ultrafuser.errors import ConfigError
 
 SHAPES = {"square": (24, (24,)), "wide": (48, (16,)), "tall": (8, (24,)), "three side by side": (24, (24, 12, 12))}
+
+
+@pytest.fixture(params=[False, True], ids=["outputs first", "inputs first"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Weights as they lie elsewhere, and as on AVX2: there inputs come first where they are no more than outputs."""
+    monkeypatch.setattr(weights, "is_avx2", lambda: request.param)
+    return bool(request.param)
 
 
 def make_parts(group: int, num_in: int, outs: tuple[int, ...], *, bias: bool) -> list[list[nn.Linear]]:
@@ -32,6 +40,7 @@ def expected(parts: list[list[nn.Linear]], x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_threads", [1, 2, 4, 5])
 @pytest.mark.parametrize(("num_in", "outs"), SHAPES.values(), ids=SHAPES.keys())
@@ -39,7 +48,7 @@ def test_an_exact_product_is_the_linear_layers(num_in: int, outs: tuple[int, ...
     for group in (1, 2, 3):
         parts = make_parts(group, num_in, outs, bias=bias)
         before = copy.deepcopy(parts)
-        product = ExactProduct(parts, num_threads=num_threads)
+        product = ExactProduct(parts, num_threads=num_threads, release=True)
         for rows in (*range(1, 18), 31, 40):
             x = torch.randn(group, rows, num_in)
             torch.testing.assert_close(product(x), expected(before, x))
@@ -49,13 +58,14 @@ def test_an_exact_product_is_the_linear_layers(num_in: int, outs: tuple[int, ...
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("num_in", "outs"), SHAPES.values(), ids=SHAPES.keys())
 def test_a_packed_product_is_the_linear_layers(num_in: int, outs: tuple[int, ...], bias: bool):
     for group in (1, 3):
         parts = make_parts(group, num_in, outs, bias=bias)
         before = copy.deepcopy(parts)
-        product = PackedProduct(parts, num_threads=2)
+        product = PackedProduct(parts, num_threads=2, release=True)
         for rows in (*range(1, 18), 31, 40, 255, 256, 257, 600):
             x = torch.randn(group, rows, num_in)
             torch.testing.assert_close(product(x), expected(before, x))
@@ -81,16 +91,38 @@ def test_an_exact_product_of_bf16_weights_is_the_linear_layers():
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize(("num_in", "outs"), SHAPES.values(), ids=SHAPES.keys())
 def test_the_parameters_become_views_of_the_products_buffer_and_stay_the_same(num_in: int, outs: tuple[int, ...]):
     parts = make_parts(2, num_in, outs, bias=True)
     before = copy.deepcopy(parts)
-    product = ExactProduct(parts, num_threads=2)
+    product = ExactProduct(parts, num_threads=2, release=True)
 
     for linears, old in zip(parts, before, strict=True):
         for linear, other in zip(linears, old, strict=True):
             assert torch.equal(linear.weight, other.weight)
             assert linear.weight.untyped_storage().data_ptr() == product.weight.untyped_storage().data_ptr()
+
+
+def test_inputs_come_first_where_they_are_no_more_than_outputs_and_nobody_else_needs_the_model(layout: bool):
+    for num_in, num_out in ((8, 24), (24, 24), (24, 8)):
+        for release in (False, True):
+            parts = make_parts(2, num_in, (num_out,), bias=False)
+            product = ExactProduct(parts, num_threads=2, release=release)
+            assert product.weight.shape == (2, num_out, num_in)
+            assert parts[0][0].weight.is_contiguous() != (layout and release and num_in <= num_out)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("runner", ["stacked", "sequential"])
+def test_an_engine_that_has_the_model_for_itself_answers_the_same(layout: bool, pack: bool, runner: Any):
+    model = make_fused(make_trio(tied=True))
+    reference = twin(model)
+    engine = make_engine(model, pack=pack, runner=runner, release_model=True, drafts=("self",))
+    assert model.specialists["text"].lm_head.weight.is_contiguous() != layout
+
+    for request in (greedy(7, 9, 5, max_tokens=12), greedy(4, 4, 4, max_tokens=12)):
+        assert_answers(reference, request, run(engine, request)[0])
 
 
 @torch.no_grad()

@@ -30,7 +30,8 @@ class EngineOptions:
         skip_below: Weight under which a specialist is left out until it catches up; not exact, nothing is drafted with
             it, and `EngineStats` says how often it changed nothing. 0 runs everybody.
         static_shapes: Decode in steps of constant shape, on CUDA as graphs; None does so on CUDA.
-        release_model: Give back the memory of weights that the engine has copied: the model can then do nothing else.
+        release_model: Nobody else needs the model: the memory of weights that the engine has copied is given back, and
+            what stays may lie in it as the processor likes, which cannot be saved.
     """
 
     max_context: int = 0

@@ -3,12 +3,15 @@
 Decoding reads every weight once for a handful of rows, so it is as fast as memory is read, if the arithmetic keeps up.
 torch's own linear layer does not: it reads with one thread when rows are few, and four rows cost it four times one.
 
-`ExactProduct` cuts a product into one part per thread (a batched product over a view of the model's weights) and puts
-up to four rows on the right of the weight, where the library has kernels for narrow matrices. `PackedProduct` (fp32 on
-x86) does that for one row; for more it has a copy of the weights as oneDNN's kernels like them: two to six rows then
-cost the same, some 1.6 times one. Where a CPU has no instructions for bf16, weights in 16 bits are copied to fp16
-without loss (`fp16.py`) and multiplied in fp32, which is faster there and rounds less. All these are fixed rules and
-not measurements, so that a model's answers do not depend on what else the machine did at start.
+`ExactProduct` cuts a product into one part per thread (a batched product over a view of the model's weights), each
+with some of the outputs, and puts up to four rows on the right of the weight, where the library has kernels for narrow
+matrices. With AVX2 and nothing better rows stand on the left; and where nobody else needs the model, a weight that has
+no more inputs than outputs lies in memory with its inputs first: a part is some of the inputs, and parts are summed
+(files want outputs first). `PackedProduct` (fp32 on x86) does that for one row, two where weights lie so; for more it
+has a copy of the weights as oneDNN's kernels like them: two to six rows then cost the same, some 1.6 times one. Where
+a CPU has no instructions for bf16, weights in 16 bits are copied to fp16 without loss (`fp16.py`) and multiplied in
+fp32, which is faster there and rounds less. All these are fixed rules and not measurements, so that a model's answers
+do not depend on what else the machine did at start.
 
 Shapes: G specialists, M rows, I inputs, O outputs.
 """
@@ -56,16 +59,24 @@ class ExactProduct:
     Args:
         parts: Per specialist, the linear layers whose outputs stand side by side (query, key and value, say).
         num_threads: Parts of a product with few rows; 1 leaves it to torch.
+        release: The model need not be saved any more, so its weights may lie as it is fastest.
     """
 
     is_copy = False
     scale = 1.0
 
-    def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int) -> None:
+    def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int, release: bool = False) -> None:
         first = parts[0]
         num_out, num_in = sum(linear.out_features for linear in first), first[0].in_features
         kind = first[0].weight
-        self.weight = torch.empty((len(parts), num_out, num_in), dtype=kind.dtype, device=kind.device)
+        self.on_cpu = kind.device.type == "cpu"
+        # In bf16, where the processor has instructions for it, the kernels of oneDNN are as fast without.
+        self.is_cut = self.on_cpu and kind.dtype == torch.float32
+        self.most_on_right = 0 if is_avx2() else VERY_FEW_ROWS
+        inputs_first = release and self.is_cut and num_in <= num_out and is_avx2()
+        shape = (len(parts), num_in, num_out) if inputs_first else (len(parts), num_out, num_in)
+        buffer = torch.empty(shape, dtype=kind.dtype, device=kind.device)
+        self.weight = buffer.transpose(1, 2) if inputs_first else buffer  # [G, O, I] either way
         self.bias = _joined_bias(parts)
         for j, linears in enumerate(parts):
             start = 0
@@ -75,15 +86,14 @@ class ExactProduct:
                 linear.weight.data = view  # the model goes on working, and nothing is held twice
                 start += linear.out_features
         self.num_bytes = self.weight.numel() * self.weight.element_size()
-        self.on_cpu = kind.device.type == "cpu"
-        # In bf16, where the processor has instructions for it, the kernels of oneDNN are as fast without.
-        self.is_cut = self.on_cpu and kind.dtype == torch.float32
-        self.num_parts = num_threads if num_out % num_threads == 0 else 1
+        cut = num_in if inputs_first else num_out
+        self.num_parts = num_threads if cut % num_threads == 0 else 1
 
     def __call__(self, x: Tensor, member: int | None = None) -> Tensor:
         weight = self.weight if member is None else self.weight[member : member + 1]
         if self.is_cut and x.shape[1] <= FEW_ROWS:
-            y = _product_in_parts(x, weight, self.num_parts)
+            cut_product = _product_in_output_parts if weight.stride(2) == 1 else _product_in_input_parts
+            y = cut_product(x, weight, self.num_parts, self.most_on_right)
         elif self.on_cpu or len(x) == 1:
             y = torch.stack([rows @ part.t() for rows, part in zip(x, weight, strict=True)])  # each with all threads
         else:
@@ -94,28 +104,29 @@ class ExactProduct:
 
 
 class PackedProduct:
-    """Weights in fp32 twice: as `ExactProduct` has them for one row, and in the layout of oneDNN's kernels for more.
+    """Weights in fp32 twice: as `ExactProduct` has them for one row or two, and as oneDNN's kernels like them for more.
 
     Args:
         parts: As for `ExactProduct`.
-        num_threads: As for `ExactProduct`.
+        num_threads, release: As for `ExactProduct`.
     """
 
-    is_copy = False  # the model's parameters are those for one row
+    is_copy = False  # the model's parameters are those of `exact`
     scale = 1.0
 
-    def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int) -> None:
-        self.one_row = ExactProduct(parts, num_threads=num_threads)
-        self.num_bytes = self.one_row.num_bytes
+    def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int, release: bool = False) -> None:
+        self.exact = ExactProduct(parts, num_threads=num_threads, release=release)
+        self.num_bytes = self.exact.num_bytes
+        self.most_exact = 2 if release and is_avx2() else 1
         self.packed: list[tuple[Tensor, Tensor | None]] = []
         for linears in parts:
             weight, bias = joined(linears)
-            self.packed.append((torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR), bias))
+            self.packed.append((torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR), bias))
 
     def __call__(self, x: Tensor, member: int | None = None) -> Tensor:
         num_rows = x.shape[1]
-        if num_rows == 1:
-            return self.one_row(x, member)
+        if num_rows <= self.most_exact:
+            return self.exact(x, member)
         if num_rows > _PACKED_ROWS[-1]:
             return torch.cat([self(part, member) for part in torch.split(x, _PACKED_ROWS[-1], dim=1)], dim=1)
         more = _PACKED_ROWS[bisect_left(_PACKED_ROWS, num_rows)] - num_rows
@@ -140,8 +151,10 @@ def make_product(
     *,
     num_threads: int,
     pack: bool = True,
+    release: bool = False,
 ) -> Product:
     """The product of a group's layers in the wanted format; `pack`: exact ones in a copy where that is faster.
+    `release`: nobody else needs the layers.
 
     Copies of 16-bit weights are multiplied in fp32, all other exact ones in their own type (`compute_type`).
     """
@@ -149,7 +162,7 @@ def make_product(
         return HalfProduct(parts, num_threads=num_threads, is_scaled=True)
     if form == "exact":
         exact = PackedProduct if pack and can_pack(parts[0][0].weight) else ExactProduct
-        return exact(parts, num_threads=num_threads)
+        return exact(parts, num_threads=num_threads, release=release)
     reduced: dict[str, Callable[[Sequence[Sequence[nn.Linear]]], Product]] = {
         "half": HalfProduct,
         "int8": Int8Product,
@@ -163,17 +176,31 @@ def compute_type(weight: Tensor, form: AnyFormat, *, pack: bool = True) -> torch
     return weight.dtype if form == "exact" and not (pack and keeps_values(weight)) else torch.float32
 
 
-def _product_in_parts(x: Tensor, weight: Tensor, num_parts: int) -> Tensor:
+def is_avx2() -> bool:
+    """Whether torch multiplies with AVX2 here and nothing better; other rules are faster then."""
+    return bool(torch.backends.cpu.get_cpu_capability() == "AVX2")
+
+
+def _product_in_output_parts(x: Tensor, weight: Tensor, num_parts: int, most_on_right: int) -> Tensor:
     """[G, M, I] times [G, O, I] with the outputs cut into parts, each a product of its own that one thread does."""
     num_members, num_rows, num_in = x.shape
     width = weight.shape[1] // num_parts
     cut = weight.view(num_members * num_parts, width, num_in)
     rows = x[:, None].expand(num_members, num_parts, num_rows, num_in).flatten(0, 1)
-    if num_rows > VERY_FEW_ROWS:
+    if num_rows > most_on_right:
         y = torch.bmm(rows, cut.transpose(1, 2)).view(num_members, num_parts, num_rows, width).transpose(1, 2)
     else:
         y = torch.bmm(cut, rows.transpose(1, 2)).view(num_members, num_parts, width, num_rows).permute(0, 3, 1, 2)
     return y.reshape(num_members, num_rows, num_parts * width)
+
+
+def _product_in_input_parts(x: Tensor, weight: Tensor, num_parts: int, most_on_right: int) -> Tensor:
+    """The same with the inputs cut, of a weight that has them first; rows are always on the left."""
+    del most_on_right
+    num_members, num_rows, num_in = x.shape
+    cut = weight.transpose(1, 2).view(num_members * num_parts, num_in // num_parts, weight.shape[1])
+    rows = x.view(num_members, num_rows, num_parts, -1).transpose(1, 2).flatten(0, 1)
+    return torch.bmm(rows, cut).view(num_members, num_parts, num_rows, -1).sum(dim=1)
 
 
 def _joined_bias(parts: Sequence[Sequence[nn.Linear]]) -> Tensor | None:

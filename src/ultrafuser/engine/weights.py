@@ -73,10 +73,10 @@ class ExactProduct:
         # In bf16, where the processor has instructions for it, the kernels of oneDNN are as fast without.
         self.is_cut = self.on_cpu and kind.dtype == torch.float32
         self.most_on_right = 0 if is_avx2() else VERY_FEW_ROWS
-        inputs_first = release and self.is_cut and num_in <= num_out and is_avx2()
-        shape = (len(parts), num_in, num_out) if inputs_first else (len(parts), num_out, num_in)
-        buffer = torch.empty(shape, dtype=kind.dtype, device=kind.device)
-        self.weight = buffer.transpose(1, 2) if inputs_first else buffer  # [G, O, I] either way
+        self.inputs_first = release and self.is_cut and num_in <= num_out and is_avx2()
+        shape = (num_in, num_out) if self.inputs_first else (num_out, num_in)
+        buffer = torch.empty((len(parts), *shape), dtype=kind.dtype, device=kind.device)
+        self.weight = buffer.transpose(1, 2) if self.inputs_first else buffer  # [G, O, I] either way
         self.bias = _joined_bias(parts)
         for j, linears in enumerate(parts):
             start = 0
@@ -86,14 +86,15 @@ class ExactProduct:
                 linear.weight.data = view  # the model goes on working, and nothing is held twice
                 start += linear.out_features
         self.num_bytes = self.weight.numel() * self.weight.element_size()
-        cut = num_in if inputs_first else num_out
-        self.num_parts = num_threads if cut % num_threads == 0 else 1
+        self.num_parts = num_threads if shape[0] % num_threads == 0 else 1
 
     def __call__(self, x: Tensor, member: int | None = None) -> Tensor:
         weight = self.weight if member is None else self.weight[member : member + 1]
         if self.is_cut and x.shape[1] <= FEW_ROWS:
-            cut_product = _product_in_output_parts if weight.stride(2) == 1 else _product_in_input_parts
-            y = cut_product(x, weight, self.num_parts, self.most_on_right)
+            if self.inputs_first:
+                y = _product_in_input_parts(x, weight, self.num_parts)
+            else:
+                y = _product_in_output_parts(x, weight, self.num_parts, most_on_right=self.most_on_right)
         elif self.on_cpu or len(x) == 1:
             y = torch.stack([rows @ part.t() for rows, part in zip(x, weight, strict=True)])  # each with all threads
         else:
@@ -181,7 +182,7 @@ def is_avx2() -> bool:
     return bool(torch.backends.cpu.get_cpu_capability() == "AVX2")
 
 
-def _product_in_output_parts(x: Tensor, weight: Tensor, num_parts: int, most_on_right: int) -> Tensor:
+def _product_in_output_parts(x: Tensor, weight: Tensor, num_parts: int, *, most_on_right: int) -> Tensor:
     """[G, M, I] times [G, O, I] with the outputs cut into parts, each a product of its own that one thread does."""
     num_members, num_rows, num_in = x.shape
     width = weight.shape[1] // num_parts
@@ -194,9 +195,8 @@ def _product_in_output_parts(x: Tensor, weight: Tensor, num_parts: int, most_on_
     return y.reshape(num_members, num_rows, num_parts * width)
 
 
-def _product_in_input_parts(x: Tensor, weight: Tensor, num_parts: int, most_on_right: int) -> Tensor:
-    """The same with the inputs cut, of a weight that has them first; rows are always on the left."""
-    del most_on_right
+def _product_in_input_parts(x: Tensor, weight: Tensor, num_parts: int) -> Tensor:
+    """The same with the inputs cut, of a weight that has them first in memory."""
     num_members, num_rows, num_in = x.shape
     cut = weight.transpose(1, 2).view(num_members * num_parts, num_in // num_parts, weight.shape[1])
     rows = x.view(num_members, num_rows, num_parts, -1).transpose(1, 2).flatten(0, 1)

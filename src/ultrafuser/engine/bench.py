@@ -79,7 +79,7 @@ def bench_model(
     for runner, weights in ways:
         for drafts in kinds:
             # In fp32 exact weights are laid out anew and none are given back: the next engine finds them all.
-            release = weights == "exact" and model.dtype == torch.float32
+            release = weights == "exact" and all(p.dtype == torch.float32 for p in model.parameters())
             options = EngineOptions(
                 runner=runner, weights=weights, drafts=drafts, max_choices=slots, release_model=release
             )

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ultrafuser.files import write_text_atomically
-from ultrafuser.model import chunked_pass
+from ultrafuser.model import loss_terms
 from ultrafuser.model.fusion import fuse_logits
 from ultrafuser.model.loss import LinearHead, fused_nll
 from ultrafuser.provenance import describe_run
@@ -114,7 +114,7 @@ def own(inputs: Inputs, weights: Tensor, chunk: int) -> Tensor:
 
 def whole(inputs: Inputs, weights: Tensor, chunk: int) -> Tensor:
     """Ours, with each head in one product and not in blocks of rows."""
-    with patch.object(chunked_pass, "MOST_ROWS_ON_CPU", len(inputs.heads[0])):
+    with patch.object(loss_terms, "MOST_ROWS_ON_CPU", len(inputs.heads[0])):
         return own(inputs, weights, chunk)
 
 

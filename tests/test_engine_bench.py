@@ -4,15 +4,24 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from helpers import make_fused, make_model, make_tokenizer
 from ultrafuser.chat.messages import Message
 from ultrafuser.cli.main import app
-from ultrafuser.engine.bench import quality_loss, read_bandwidth, score_texts, time_decoding, time_prefill
+from ultrafuser.engine.bench import (
+    bench_model,
+    quality_loss,
+    read_bandwidth,
+    score_texts,
+    time_decoding,
+    time_prefill,
+)
 from ultrafuser.engine.engine import Engine
 from ultrafuser.engine.options import EngineOptions
 from ultrafuser.model.checkpoint import save_fused
+from ultrafuser.model.load import LoadOptions
 
 
 def make_similar():
@@ -90,3 +99,16 @@ def test_the_command_prints_a_table_and_writes_it(tmp_path: Path):
     assert {"stacked, exact, plain", "auto, half, plain", "auto, int8, drafts"} <= names
     assert all((line["extra_loss"] is None) == ("exact" in line["name"]) for line in report["timings"])
     assert "auto, int8, drafts" in result.output
+
+
+def test_a_model_of_several_types_is_measured_whole(monkeypatch: pytest.MonkeyPatch):
+    """Its 16-bit weights cannot be laid out anew for good: the next engine needs them as they are."""
+    specialists = make_similar()
+    model = make_fused({**specialists, "code": specialists["code"].bfloat16()})
+    assert {next(m.parameters()).dtype for m in model.specialists.values()} == {torch.float32, torch.bfloat16}
+    monkeypatch.setattr("ultrafuser.engine.bench.load_model", lambda *_: (model, make_tokenizer()))
+
+    lines = list(bench_model("mixed", ["hi"], batches=[1], max_tokens=3, load=LoadOptions()))
+
+    assert {"sequential, exact, plain", "sequential, exact, drafts"} <= {line.name for line in lines}
+    assert all(line.tokens_per_s > 0 for line in lines)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import make_fused, make_mixed, make_model
 from ultrafuser.errors import ModelError
-from ultrafuser.model import chunked_pass
+from ultrafuser.model import loss_terms
 from ultrafuser.model.backbone import head_logits, linear_head
 from ultrafuser.model.loss import LinearHead, fused_loss, fused_nll
 
@@ -130,7 +130,7 @@ def test_loss_and_gradients_equal_a_float64_reference(dtype: torch.dtype, data: 
     )
     unequal = data.draw(st.booleans())
 
-    with patch.object(chunked_pass, "MOST_ROWS_ON_CPU", data.draw(st.sampled_from([1, 7, 1024]))):
+    with patch.object(loss_terms, "MOST_ROWS_ON_CPU", data.draw(st.sampled_from([1, 7, 1024]))):
         assert_equal_to_reference(
             case, dtype, scale=case.scale if unequal else None, chunk=data.draw(st.sampled_from([1, 4, 100]))
         )
@@ -292,6 +292,14 @@ def test_no_tensor_is_larger_than_the_logits_of_a_chunk(trained: Sequence[str], 
     case = Case((2, 3), tokens=100, vocabulary=200, trained=trained)
 
     assert watch(case, chunk=4, details=details).largest == 4 * 200
+
+
+@pytest.mark.parametrize("details", [False, True])
+def test_with_frozen_specialists_no_tensor_grows_with_the_vocabulary(details: bool):
+    case = Case((2, 3), tokens=100, vocabulary=2000, trained=("weights",))
+
+    with patch.object(loss_terms, "MOST_ROWS_ON_CPU", 50):
+        assert watch(case, chunk=4, details=details).largest == 4 * 50
 
 
 def test_on_a_cpu_a_large_chunk_is_cut_to_what_the_cache_bears():

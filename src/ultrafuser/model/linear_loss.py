@@ -1,4 +1,4 @@
-"""The chunked loss of n linear heads as a function that autograd knows.
+"""The loss of n linear heads as a function that autograd knows.
 
 The gradients are made in the forward pass, while a chunk's probabilities are there: the backward pass scales them, and
 never makes the logits again unless tokens count differently in it.
@@ -16,11 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ultrafuser.model.chunked_pass import ChunkedPass, Gradients, Inputs, Wanted
+from ultrafuser.model.chunked_pass import ChunkedPass
 from ultrafuser.model.device import multiplies_bf16
-
-# On a CPU a chunk of more tokens is slower and takes more memory (docs/results.md, "Fused loss"); a GPU wants them.
-MOST_TOKENS_ON_CPU = 256
+from ultrafuser.model.loss_terms import Gradients, Inputs, Losses, Wanted
+from ultrafuser.model.streamed_pass import StreamedPass
 
 
 class LinearLoss(torch.autograd.Function):
@@ -42,7 +41,7 @@ class LinearLoss(torch.autograd.Function):
         needed = [gradients and need for need in (ctx.needs_input_grad[0], *ctx.needs_input_grad[7:])]
         wanted = Wanted(needed[0], needed[1::3], needed[2::3], needed[3::3], details)
         inputs = _inputs(weights, labels, tensors, dtypes, chunk, add_others)
-        losses, made = ChunkedPass(inputs, wanted).run()
+        losses, made = _run(inputs, wanted)
         if any(needed):
             ctx.save_for_backward(weights, labels, *tensors)
             ctx.options = dtypes, chunk, add_others
@@ -60,7 +59,7 @@ class LinearLoss(torch.autograd.Function):
         summed = any((*ctx.wanted.heads, *ctx.wanted.biases))
         if made is None or (summed and not _is_uniform(scale)):
             weights, labels, *tensors = ctx.saved_tensors
-            made = ChunkedPass(_inputs(weights, labels, tensors, *ctx.options), ctx.wanted, scale).run()[1]
+            made = _run(_inputs(weights, labels, tensors, *ctx.options), ctx.wanted, scale)[1]
         elif len(scale):
             for rowwise in (made.weights, *made.hiddens):
                 if rowwise is not None:
@@ -96,8 +95,8 @@ def linear_loss(
         biases: Of the heads, None where there is none.
         chunk: Tokens whose logits are held at once, at most.
         details: Also give the rest of what is returned.
-        add_others: Where other processes hold more specialists: adds their part to the weighted logits [C, V] of a
-            chunk, in place.
+        add_others: Where other processes hold more specialists: adds their part to weighted logits [C, columns] of a
+            chunk, in place. All must want gradients of the same kinds of tensors, for that decides how many columns.
 
     Returns:
         NLL; whether the likeliest token was the label; NLL of each specialist alone. The last two have no rows unless
@@ -108,7 +107,7 @@ def linear_loss(
         weights,
         labels,
         [_product_dtype(head) for head in heads],
-        min(chunk, MOST_TOKENS_ON_CPU) if labels.device.type == "cpu" else chunk,
+        chunk,
         details,
         torch.is_grad_enabled(),
         add_others,
@@ -135,6 +134,11 @@ def _inputs(
     add_others: Callable[[Tensor], None] | None,
 ) -> Inputs:
     return Inputs(weights, labels, tensors[0::3], tensors[1::3], tensors[2::3], dtypes, chunk, add_others)
+
+
+def _run(inputs: Inputs, wanted: Wanted, scale: Tensor | None = None) -> tuple[Losses, Gradients]:
+    way = ChunkedPass if wanted.of_specialists else StreamedPass
+    return way(inputs, wanted, scale).run()
 
 
 def _is_uniform(scale: Tensor) -> bool:

@@ -13,9 +13,10 @@ import torch
 
 from ultrafuser.config.recipe import Recipe
 from ultrafuser.config.training import StageConfig
-from ultrafuser.model.chunked_pass import MOST_ROWS_ON_CPU
+from ultrafuser.model.chunked_pass import MOST_TOKENS_ON_CPU
 from ultrafuser.model.device import multiplies_bf16
-from ultrafuser.model.linear_loss import MOST_TOKENS_ON_CPU
+from ultrafuser.model.loss_terms import MOST_ROWS_ON_CPU
+from ultrafuser.model.streamed_pass import MOST_ROWS_ON_GPU
 from ultrafuser.train.estimate.activations import (
     Piece,
     Precision,
@@ -216,33 +217,42 @@ def _copied(job: Job, shape: Shape) -> int:
 def _loss(job: Job, piece: Piece) -> dict[str, int]:
     """Buffers of the loss: logits of a chunk, heads in another type, gradients of heads and hidden states.
 
-    Source: `ultrafuser.model.chunked_pass`, whose buffers these are.
+    Source: `ultrafuser.model.chunked_pass` and, where specialists are frozen, `streamed_pass`, whose buffers these are.
     """
     train, shapes = job.recipe.train, job.local
     chunk = min(train.loss_chunk, piece.responses)
-    if job.on_cpu:
-        chunk = min(chunk, MOST_TOKENS_ON_CPU)
     vocabulary = min(shape.vocabulary for shape in job.shapes)
     product = _product_bytes(job)
-    low = product < 4
-    trains = job.stage.train_specialists
-    own = 0 if trains else len(shapes)  # in stage 1 each specialist's own logits stay, for the gradient of its weight
+    low, converts = product < 4, product != job.precision.weights
+    most_rows = MOST_ROWS_ON_CPU if job.on_cpu else MOST_ROWS_ON_GPU
+    if not job.stage.train_specialists:
+        rows = min(vocabulary, most_rows)
+        return {
+            "logits": chunk * rows * 4 * (2 + len(shapes)),
+            "heads": _block_of_head(rows, shapes, (4 if low else 0) + (product if converts else 0)),
+            "hidden states": _hidden_states(job, piece),
+            "activations of the gate": _gate_activations(job, piece),
+        }
+    if job.on_cpu:
+        chunk = min(chunk, MOST_TOKENS_ON_CPU)
+    rows = min(vocabulary, most_rows) if job.on_cpu else vocabulary
     heads = sum(shape.head_parameters for shape in shapes)
-    rows = min(vocabulary, MOST_ROWS_ON_CPU) if job.on_cpu else vocabulary
-    widest = rows * max(shape.hidden_size for shape in shapes)  # of a head in fp32 while it is multiplied
-    sizes = {
-        "logits": chunk * vocabulary * (4 * (1 + own) + (product if low and trains else 0)),
-        "heads": (heads * product if product != job.precision.weights else 0) + (4 * widest if low else 0),
+    return {
+        "logits": chunk * vocabulary * (4 + (product if low else 0)),
+        "heads": (heads * product if converts else 0) + _block_of_head(rows, shapes, 4 if low else 0),
         "gradients of heads": 4 * heads if job.trains_everything else 0,
+        "gradients of hidden states": _hidden_states(job, piece),
         "activations of the gate": _gate_activations(job, piece),
     }
-    if trains:
-        sizes["gradients of hidden states"] = sum(
-            piece.responses * shape.hidden_size * job.precision.weights for shape in shapes
-        )
-    else:
-        sizes["hidden states"] = sum(piece.responses * shape.hidden_size * job.precision.weights for shape in shapes)
-    return sizes
+
+
+def _block_of_head(rows: int, shapes: Sequence[Shape], bytes_each: int) -> int:
+    """Of a head in another type while it is multiplied."""
+    return rows * max(shape.hidden_size for shape in shapes) * bytes_each
+
+
+def _hidden_states(job: Job, piece: Piece) -> int:
+    return sum(piece.responses * shape.hidden_size * job.precision.weights for shape in job.local)
 
 
 def _product_bytes(job: Job) -> int:

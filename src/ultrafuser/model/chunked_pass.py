@@ -1,9 +1,15 @@
-"""One pass over chunks of tokens: the loss of n linear heads whose logits are added, and gradients of the specialists.
+"""One pass over chunks of tokens: the loss of n linear heads whose logits are added, and its gradients.
 
-The fused logits are one linear map of all hidden states, `sum_i w_i W_i h_i = [W_1|...|W_n] concat(w_i h_i)`, so their
-loss needs one buffer of [C, V]: no logits per specialist, no copy of the heads.
+The fused logits are one linear map of all hidden states, `sum_i w_i W_i h_i = [W_1|...|W_n] concat(w_i h_i)`, so they
+are multiplied into one buffer, without a copy of the heads. A chunk goes through the vocabulary block by block, so that
+on a CPU what a product writes is still in the cache when it is used.
 
-Shapes: M tokens, C of them in a chunk, N specialists, H hidden size (may differ), V vocabulary.
+Where specialists are frozen (stage 1, evaluation) nothing is kept of a block but sums: `sum_v exp(l_v)` of the fused
+logits l for the loss, and `sum_v exp(l_v) o_iv` of the specialists' own logits for the gradient of a weight,
+`dL/dw_i = sum_v p_v o_iv - o_iy` for the label y. Each head is multiplied once, and memory does not grow with the
+vocabulary. Else the exponentials of a chunk are kept, [C, V], and a second sweep makes the gradients of them.
+
+Shapes: M tokens, C of them in a chunk, N specialists, H hidden size (may differ), V vocabulary, W of it in a block.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ultrafuser.model import loss_terms
+from ultrafuser.model.loss_sums import Labels, Sums
 from ultrafuser.model.loss_terms import Gradients, Inputs, Losses, Wanted, blocks, empty_losses
 
 # On a CPU a chunk of more tokens is slower and takes more memory (docs/results.md, "Fused loss"); a GPU wants them.
@@ -24,8 +31,8 @@ MOST_TOKENS_ON_CPU = 256
 class ChunkedPass:
     """One pass over all chunks: the loss, and the wanted gradients of the sum of `scale * nll`.
 
-    Logits are multiplied and added in fp32. Gradients are multiplied in the type asked for, and those of heads added in
-    fp32.
+    Logits are multiplied and added in fp32 (fp64 for fp64 heads). Gradients are multiplied in the type asked for, and
+    added in fp32.
 
     Args:
         inputs: What the loss is a function of.
@@ -35,123 +42,156 @@ class ChunkedPass:
 
     def __init__(self, inputs: Inputs, wanted: Wanted, scale: Float[Tensor, " M"] | None = None) -> None:
         self.inputs, self.wanted, self.scale = inputs, wanted, scale
-        self.vocabulary, self.exact, self.device = inputs.vocabulary, inputs.exact, inputs.device
-        is_on_cpu = self.device.type == "cpu"
-        self.chunk = min(inputs.chunk, MOST_TOKENS_ON_CPU) if is_on_cpu else inputs.chunk
-        self.width = loss_terms.MOST_ROWS_ON_CPU if is_on_cpu else self.vocabulary
+        self.exact, tokens, specialists = inputs.exact, *inputs.weights.shape
+        is_on_cpu, self.is_kept = inputs.device.type == "cpu", wanted.of_specialists
+        self.chunk = min(inputs.chunk, MOST_TOKENS_ON_CPU) if is_on_cpu and self.is_kept else inputs.chunk
+        width = loss_terms.MOST_ROWS_ON_CPU if is_on_cpu else loss_terms.MOST_ROWS_ON_GPU
+        self.blocks = blocks(inputs.vocabulary, width)
+        self.is_weighed = wanted.weights and not self.is_kept
+        # Every chunk reads heads twice if specialists are trained: converted once, then.
         self.heads = [
-            head[: self.vocabulary].to(dtype) for head, dtype in zip(inputs.heads, inputs.dtypes, strict=True)
+            head.to(dtype) if self.is_kept else head for head, dtype in zip(inputs.heads, inputs.dtypes, strict=True)
         ]
-        self.biases = [None if b is None else b[: self.vocabulary].to(self.exact) for b in inputs.biases]
-        self._memory: dict[object, Tensor] = {}
+        self.losses = empty_losses(inputs, wanted)
+        self.gradients = self._empty_gradients()
+
+        def make_room(count: int) -> list[Tensor]:
+            size = min(self.chunk, tokens) * min(width, inputs.vocabulary)
+            return [torch.empty(size, dtype=self.exact, device=inputs.device) for _ in range(count)]
+
+        # Used again for every chunk: new memory would cost a page fault for each 4 KiB.
+        self._fused = make_room(len(self.blocks) if self.is_kept else 1)
+        self._own = make_room(specialists if self.is_weighed or wanted.details else 0)
+        self._product = make_room(1 if self.is_weighed else 0)
 
     @torch.no_grad()
     def run(self) -> tuple[Losses, Gradients]:
         """Go through all chunks."""
-        inputs, wanted = self.inputs, self.wanted
-        tokens, specialists = inputs.weights.shape
-        self.losses = empty_losses(inputs, wanted)
-        self.gradients = Gradients(
-            self._zeros(tokens, specialists) if wanted.weights else None,
-            [torch.empty_like(h) if w else None for h, w in zip(inputs.hiddens, wanted.hiddens, strict=True)],
-            [self._zeros(*h.shape) if w else None for h, w in zip(inputs.heads, wanted.heads, strict=True)],
-            [
-                self._zeros(len(b)) if b is not None and w else None
-                for b, w in zip(inputs.biases, wanted.biases, strict=True)
-            ],
-        )
-        with torch.autocast(self.device.type, enabled=False):  # the types are chosen already
-            for start in range(0, tokens, self.chunk):
+        with torch.autocast(self.inputs.device.type, enabled=False):  # the types are chosen already
+            for start in range(0, len(self.inputs.labels), self.chunk):
                 self._run_chunk(slice(start, start + self.chunk))
-        self._memory.clear()
         return self.losses, self.gradients
 
     def _run_chunk(self, rows: slice) -> None:
-        target = self.inputs.labels[rows, None]
-        mix = self.inputs.weights[rows].to(self.exact)
-        hiddens = [h[rows].to(dtype) for h, dtype in zip(self.inputs.hiddens, self.inputs.dtypes, strict=True)]
-        self._fuse(hiddens, mix, rows)
-        logits = self._take("fused", self.exact, len(target))
-        if self.inputs.add_others is not None:
-            self.inputs.add_others(logits)
-        if self.wanted.details:
-            self.losses.hit[rows] = logits.argmax(dim=-1) == target[:, 0]
-        # In place, so that logits, exponentials and probabilities are one buffer.
-        at_label = logits.gather(1, target)
-        highest = logits.amax(dim=-1, keepdim=True)
-        total = logits.sub_(highest).exp_().sum(dim=-1, keepdim=True)
-        self.losses.nll[rows] = (total.log() + highest - at_label)[:, 0]
-        slope = logits.div_(total)  # dL/dlogits: probabilities, less one at the label
-        slope.scatter_add_(1, target, torch.full_like(at_label, -1.0))
-        if self.scale is not None:
-            slope.mul_(self.scale[rows, None])
-        self._add_gradients(slope, hiddens, mix, rows)
+        inputs, wanted = self.inputs, self.wanted
+        labels, mix = inputs.labels[rows], inputs.weights[rows].to(self.exact)
+        hiddens = [h[rows].to(dtype) for h, dtype in zip(inputs.hiddens, inputs.dtypes, strict=True)]
+        factors = [hidden.to(self.exact) for hidden in hiddens]
+        if not self._own:
+            factors = [factor * mix[:, i, None] for i, factor in enumerate(factors)]
+        fused = Sums(mix, weighed=self.is_weighed)
+        alone = [Sums(mix) for _ in hiddens] if wanted.details else []
+        likeliest, peaks = torch.zeros_like(labels), []
+        for number, block in enumerate(self.blocks):
+            logits = _shaped(self._fused[number if self.is_kept else 0], len(mix), block)
+            own = [_shaped(room, len(mix), block) for room in self._own]
+            self._multiply(factors, mix, block, logits, own)
+            if wanted.details:
+                highest, at = logits.max(dim=-1)
+                likeliest = torch.where(highest > fused.highest, at + block.start, likeliest)
+            here = Labels(labels, block)
+            fused.add(logits, here, own, *(_shaped(room, len(mix), block) for room in self._product))
+            peaks.append(fused.highest)
+            for own_logits, sums in zip(own, alone, strict=False):
+                sums.add(own_logits, here)
+        self.losses.nll[rows] = fused.nll
+        if wanted.details:
+            self.losses.hit[rows] = likeliest == labels
+            self.losses.specialist_nll[rows] = torch.stack([sums.nll for sums in alone], dim=-1)
+        if self.is_weighed:
+            assert self.gradients.weights is not None
+            slope = fused.inner / fused.total[:, None] - fused.inner_at_label
+            self.gradients.weights[rows] = slope if self.scale is None else slope * self.scale[rows, None]
+        if self.is_kept:
+            self._add_gradients(fused, peaks, hiddens, mix, rows)
 
-    def _fuse(self, hiddens: Sequence[Tensor], mix: Tensor, rows: slice) -> None:
-        """Fill the buffer of fused logits."""
-        fused = self._take("fused", self.exact, len(mix)).zero_()
-        for i, (hidden, head, bias) in enumerate(zip(hiddens, self.heads, self.biases, strict=True)):
+    def _multiply(
+        self, factors: Sequence[Tensor], mix: Tensor, block: slice, fused: Tensor, own: Sequence[Tensor]
+    ) -> None:
+        """Fill a block with the fused logits [C, W], and those of each specialist if there is room for them."""
+        inputs = self.inputs
+        for i, (factor, head, bias, dtype) in enumerate(
+            zip(factors, self.heads, inputs.biases, inputs.dtypes, strict=True)
+        ):
+            # In fp32 for bf16, too: a logit rounded to bf16 moves its probability by percents, and a product of bf16
+            # numbers is exact in fp32.
+            columns = head[block].to(dtype).to(self.exact).T
             weight = mix[:, i, None]
-            hidden = hidden.to(self.exact)
-            own = self._take("own", self.exact, len(mix)) if self.wanted.details else None
-            if own is None:
-                hidden = hidden * weight
-            for block in blocks(self.vocabulary, self.width):
-                # In fp32 for bf16, too: a logit rounded to bf16 moves its probability by percents, and a product of
-                # bf16 numbers is exact in fp32.
-                columns = head[block].to(self.exact).T
-                if own is None:
-                    fused[:, block].addmm_(hidden, columns)
-                else:
-                    torch.mm(hidden, columns, out=own[:, block])
-                    fused[:, block].addcmul_(own[:, block], weight)
-            if own is not None:
-                logits = own if bias is None else own + bias
-                target = self.inputs.labels[rows, None]
-                self.losses.specialist_nll[rows, i] = logits.logsumexp(dim=-1) - logits.gather(1, target)[:, 0]
+            if not own:
+                torch.addmm(fused, factor, columns, beta=1 if i else 0, out=fused)
+                if bias is not None:
+                    fused.addcmul_(weight, bias[block].to(self.exact))
+                continue
+            torch.mm(factor, columns, out=own[i])
             if bias is not None:
-                fused.addmm_(weight, bias[None])
+                own[i].add_(bias[block].to(self.exact))
+            if i:
+                fused.addcmul_(own[i], weight)
+            else:
+                torch.mul(own[i], weight, out=fused)
+        if inputs.add_others is not None:
+            inputs.add_others(fused)
 
     def _add_gradients(
-        self,
-        slope: Tensor,
-        hiddens: Sequence[Tensor],
-        mix: Tensor,
-        rows: slice,
+        self, sums: Sums, peaks: Sequence[Tensor], hiddens: Sequence[Tensor], mix: Tensor, rows: slice
     ) -> None:
-        gradients = self.gradients
-        copied: set[torch.dtype] = set()
-        for i, (hidden, head, bias) in enumerate(zip(hiddens, self.heads, self.biases, strict=True)):
-            weight = mix[:, i, None]
-            to_hidden = gradients.hiddens[i]
-            low = slope
-            if head.dtype != self.exact:
-                low = self._take("shared", head.dtype, len(mix))
-                if head.dtype not in copied:
-                    low.copy_(slope)
-                    copied.add(head.dtype)
-            if to_hidden is not None or gradients.weights is not None:
-                through = low @ head
-                if to_hidden is not None:
-                    to_hidden[rows] = through * weight
-                if gradients.weights is not None:  # <dL/dfused, o_i>
-                    inner = (through.to(self.exact) * hidden).sum(dim=-1)
-                    gradients.weights[rows, i] = inner if bias is None else inner + slope @ bias
-            if (to_head := gradients.heads[i]) is not None:
-                scaled = (hidden * weight).to(head.dtype)
-                if head.dtype == self.exact:
-                    to_head[: self.vocabulary].addmm_(low.T, scaled)
-                else:
-                    to_head[: self.vocabulary].add_(low.T @ scaled)
-            if (to_bias := gradients.biases[i]) is not None:
-                to_bias[: self.vocabulary].addmv_(slope.T, weight[:, 0])
+        """The second sweep: gradients of a chunk whose exponentials are kept, each over its peak."""
+        inputs, gradients = self.inputs, self.gradients
+        scale = None if self.scale is None else self.scale[rows].to(self.exact)
+        count = 1 / sums.total if scale is None else scale / sums.total
+        scaled = [
+            (h * mix[:, i, None]).to(dtype) for i, (h, dtype) in enumerate(zip(hiddens, inputs.dtypes, strict=True))
+        ]
+        through = [  # <dL/dlogits, W_i>, which the gradients of hidden states and of weights are made of
+            torch.zeros_like(h, dtype=self.exact) if to_hidden is not None or gradients.weights is not None else None
+            for h, to_hidden in zip(hiddens, gradients.hiddens, strict=True)
+        ]
+        inner = torch.zeros_like(mix)  # the part of biases in <dL/dlogits, o_i>
+        for block, room, peak in zip(self.blocks, self._fused, peaks, strict=True):
+            slope = _shaped(room, len(mix), block)  # dL/dlogits: probabilities, less one at the label
+            slope.mul_(((peak - sums.highest).exp_() * count)[:, None])
+            here = Labels(inputs.labels[rows], block)
+            less = here.is_here.to(self.exact) if scale is None else here.is_here * scale
+            slope.scatter_add_(1, here.columns, -less[:, None])
+            low = {dtype: slope.to(dtype) for dtype in inputs.dtypes}
+            for i, (head, bias, dtype) in enumerate(zip(self.heads, inputs.biases, inputs.dtypes, strict=True)):
+                if (total := through[i]) is not None:
+                    _add_product(total, low[dtype], head[block])
+                if bias is not None:
+                    inner[:, i].addmv_(slope, bias[block].to(self.exact))
+                if (to_head := gradients.heads[i]) is not None:
+                    _add_product(to_head[block], low[dtype].T, scaled[i])
+                if (to_bias := gradients.biases[i]) is not None:
+                    to_bias[block].addmv_(slope.T, mix[:, i])
+        for i, total in enumerate(through):
+            if (to_hidden := gradients.hiddens[i]) is not None and total is not None:
+                to_hidden[rows] = total * mix[:, i, None]
+            if gradients.weights is not None and total is not None:
+                gradients.weights[rows, i] = (total * hiddens[i]).sum(dim=-1) + inner[:, i]
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.exact, device=self.device)
+    def _empty_gradients(self) -> Gradients:
+        inputs, wanted = self.inputs, self.wanted
 
-    def _take(self, use: object, dtype: torch.dtype, rows: int) -> Tensor:
-        """A [rows, V] buffer that every chunk uses again: a new one would cost a page fault for each 4 KiB."""
-        if (use, dtype) not in self._memory:
-            most = min(self.chunk, len(self.inputs.labels))
-            self._memory[use, dtype] = torch.empty(most, self.vocabulary, dtype=dtype, device=self.device)
-        return self._memory[use, dtype][:rows]
+        def zeros(like: Tensor) -> Tensor:
+            return torch.zeros_like(like, dtype=self.exact, memory_format=torch.contiguous_format)
+
+        return Gradients(
+            zeros(inputs.weights) if wanted.weights else None,
+            [torch.empty_like(h) if w else None for h, w in zip(inputs.hiddens, wanted.hiddens, strict=True)],
+            [zeros(h) if w else None for h, w in zip(inputs.heads, wanted.heads, strict=True)],
+            [zeros(b) if b is not None and w else None for b, w in zip(inputs.biases, wanted.biases, strict=True)],
+        )
+
+
+def _shaped(room: Tensor, rows: int, block: slice) -> Tensor:
+    """The beginning of some memory as [C, W]."""
+    width = block.stop - block.start
+    return room[: rows * width].view(rows, width)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product to a sum that may be of a larger type."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)

@@ -1,4 +1,4 @@
-"""The loss of n linear heads as a function that autograd knows.
+"""The chunked loss of n linear heads as a function that autograd knows.
 
 The gradients are made in the forward pass, while a chunk's probabilities are there: the backward pass scales them, and
 never makes the logits again unless tokens count differently in it.
@@ -18,8 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ultrafuser.model.chunked_pass import ChunkedPass
 from ultrafuser.model.device import multiplies_bf16
-from ultrafuser.model.loss_terms import Gradients, Inputs, Losses, Wanted
-from ultrafuser.model.streamed_pass import StreamedPass
+from ultrafuser.model.loss_terms import Gradients, Inputs, Wanted
 
 
 class LinearLoss(torch.autograd.Function):
@@ -41,7 +40,7 @@ class LinearLoss(torch.autograd.Function):
         needed = [gradients and need for need in (ctx.needs_input_grad[0], *ctx.needs_input_grad[7:])]
         wanted = Wanted(needed[0], needed[1::3], needed[2::3], needed[3::3], details)
         inputs = _inputs(weights, labels, tensors, dtypes, chunk, add_others)
-        losses, made = _run(inputs, wanted)
+        losses, made = ChunkedPass(inputs, wanted).run()
         if any(needed):
             ctx.save_for_backward(weights, labels, *tensors)
             ctx.options = dtypes, chunk, add_others
@@ -59,7 +58,7 @@ class LinearLoss(torch.autograd.Function):
         summed = any((*ctx.wanted.heads, *ctx.wanted.biases))
         if made is None or (summed and not _is_uniform(scale)):
             weights, labels, *tensors = ctx.saved_tensors
-            made = _run(_inputs(weights, labels, tensors, *ctx.options), ctx.wanted, scale)[1]
+            made = ChunkedPass(_inputs(weights, labels, tensors, *ctx.options), ctx.wanted, scale).run()[1]
         elif len(scale):
             for rowwise in (made.weights, *made.hiddens):
                 if rowwise is not None:
@@ -95,8 +94,8 @@ def linear_loss(
         biases: Of the heads, None where there is none.
         chunk: Tokens whose logits are held at once, at most.
         details: Also give the rest of what is returned.
-        add_others: Where other processes hold more specialists: adds their part to weighted logits [C, columns] of a
-            chunk, in place. All must want gradients of the same kinds of tensors, for that decides how many columns.
+        add_others: Where other processes hold more specialists: adds their part to a block [C, W] of the weighted
+            logits, in place. All processes must train their specialists or none, for that decides C.
 
     Returns:
         NLL; whether the likeliest token was the label; NLL of each specialist alone. The last two have no rows unless
@@ -134,11 +133,6 @@ def _inputs(
     add_others: Callable[[Tensor], None] | None,
 ) -> Inputs:
     return Inputs(weights, labels, tensors[0::3], tensors[1::3], tensors[2::3], dtypes, chunk, add_others)
-
-
-def _run(inputs: Inputs, wanted: Wanted, scale: Tensor | None = None) -> tuple[Losses, Gradients]:
-    way = ChunkedPass if wanted.of_specialists else StreamedPass
-    return way(inputs, wanted, scale).run()
 
 
 def _is_uniform(scale: Tensor) -> bool:

@@ -1,11 +1,11 @@
-"""What the loss of n linear heads is a function of, and what it gives: shared by its two ways through them.
+"""What the loss of n linear heads is a function of, and what it gives.
 
 Shapes: M tokens, N specialists, H hidden size (may differ), V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 # Rows of a head in one product: on a CPU what it writes stays in the cache, and a bf16 head is never copied to fp32
 # whole. A GPU wants more at once.
 MOST_ROWS_ON_CPU = 1024
+MOST_ROWS_ON_GPU = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,8 @@ class Inputs:
         biases: Of each head, or None.
         dtypes: Type in which each head is multiplied.
         chunk: Tokens at a time.
-        add_others: Adds to some logits [C, columns] of a chunk, in place, those of specialists that other processes
-            hold; None: all are here.
+        add_others: Adds to a block of a chunk's logits, in place, those of specialists that other processes hold; None:
+            all are here.
     """
 
     weights: Float[Tensor, "M N"]
@@ -93,9 +94,9 @@ class Gradients:
     biases: Sequence[Tensor | None]
 
 
-def blocks(vocabulary: int, width: int) -> Iterator[slice]:
+def blocks(vocabulary: int, width: int) -> list[slice]:
     """Parts of the vocabulary, `width` tokens each but the last."""
-    return (slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width))
+    return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
 
 
 def empty_losses(inputs: Inputs, wanted: Wanted) -> Losses:

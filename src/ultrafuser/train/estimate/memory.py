@@ -15,8 +15,7 @@ from ultrafuser.config.recipe import Recipe
 from ultrafuser.config.training import StageConfig
 from ultrafuser.model.chunked_pass import MOST_TOKENS_ON_CPU
 from ultrafuser.model.device import multiplies_bf16
-from ultrafuser.model.loss_terms import MOST_ROWS_ON_CPU
-from ultrafuser.model.streamed_pass import MOST_ROWS_ON_GPU
+from ultrafuser.model.loss_terms import MOST_ROWS_ON_CPU, MOST_ROWS_ON_GPU
 from ultrafuser.train.estimate.activations import (
     Piece,
     Precision,
@@ -217,42 +216,33 @@ def _copied(job: Job, shape: Shape) -> int:
 def _loss(job: Job, piece: Piece) -> dict[str, int]:
     """Buffers of the loss: logits of a chunk, heads in another type, gradients of heads and hidden states.
 
-    Source: `ultrafuser.model.chunked_pass` and, where specialists are frozen, `streamed_pass`, whose buffers these are.
+    Source: `ultrafuser.model.chunked_pass`, whose buffers these are.
     """
     train, shapes = job.recipe.train, job.local
+    trains = job.stage.train_specialists
     chunk = min(train.loss_chunk, piece.responses)
-    vocabulary = min(shape.vocabulary for shape in job.shapes)
-    product = _product_bytes(job)
-    low, converts = product < 4, product != job.precision.weights
-    most_rows = MOST_ROWS_ON_CPU if job.on_cpu else MOST_ROWS_ON_GPU
-    if not job.stage.train_specialists:
-        rows = min(vocabulary, most_rows)
-        return {
-            "logits": chunk * rows * 4 * (2 + len(shapes)),
-            "heads": _block_of_head(rows, shapes, (4 if low else 0) + (product if converts else 0)),
-            "hidden states": _hidden_states(job, piece),
-            "activations of the gate": _gate_activations(job, piece),
-        }
-    if job.on_cpu:
+    if job.on_cpu and trains:
         chunk = min(chunk, MOST_TOKENS_ON_CPU)
-    rows = min(vocabulary, most_rows) if job.on_cpu else vocabulary
+    vocabulary = min(shape.vocabulary for shape in job.shapes)
+    block = min(vocabulary, MOST_ROWS_ON_CPU if job.on_cpu else MOST_ROWS_ON_GPU)
+    product = _product_bytes(job)
+    low = product if product < 4 else 0
     heads = sum(shape.head_parameters for shape in shapes)
-    return {
-        "logits": chunk * vocabulary * (4 + (product if low else 0)),
-        "heads": (heads * product if converts else 0) + _block_of_head(rows, shapes, 4 if low else 0),
-        "gradients of heads": 4 * heads if job.trains_everything else 0,
-        "gradients of hidden states": _hidden_states(job, piece),
+    # In the type of the products: all of them if they are trained, else a block; and a block in fp32.
+    widest = block * max(shape.hidden_size for shape in shapes)
+    converted = (heads if trains else widest) * product if product != job.precision.weights else 0
+    parts = {
+        "heads": converted + (4 * widest if low else 0),
         "activations of the gate": _gate_activations(job, piece),
     }
-
-
-def _block_of_head(rows: int, shapes: Sequence[Shape], bytes_each: int) -> int:
-    """Of a head in another type while it is multiplied."""
-    return rows * max(shape.hidden_size for shape in shapes) * bytes_each
-
-
-def _hidden_states(job: Job, piece: Piece) -> int:
-    return sum(piece.responses * shape.hidden_size * job.precision.weights for shape in job.local)
+    hidden = sum(piece.responses * shape.hidden_size * job.precision.weights for shape in shapes)
+    if not trains:  # each specialist's block, the fused one, and one for their products
+        return parts | {"logits": 4 * chunk * block * (2 + len(shapes)), "hidden states": hidden}
+    return parts | {
+        "logits": chunk * (4 * vocabulary + low * block),
+        "gradients of heads": 4 * heads if job.trains_everything else 0,
+        "gradients of hidden states": hidden,
+    }
 
 
 def _product_bytes(job: Job) -> int:

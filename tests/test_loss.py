@@ -203,10 +203,11 @@ def test_bf16_is_no_less_exact_than_autograd_over_all_logits():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trained", [("hiddens", "heads", "weights"), ("weights",), ()])
-@pytest.mark.parametrize("chunk", [4, 100])
+@pytest.mark.parametrize(("chunk", "rows"), [(4, 1024), (100, 5)])
 def test_details_are_those_of_the_logits_and_do_not_change_the_loss(
-    dtype: torch.dtype, trained: Sequence[str], chunk: int
+    dtype: torch.dtype, trained: Sequence[str], chunk: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(loss_terms, "MOST_ROWS_ON_CPU", rows)  # of a head in one product
     case = Case(trained=trained, biased=(True, False), dtype=dtype)
     weights = torch.softmax(case.scores, dim=-1)
 
@@ -300,6 +301,18 @@ def test_with_frozen_specialists_no_tensor_grows_with_the_vocabulary(details: bo
 
     with patch.object(loss_terms, "MOST_ROWS_ON_CPU", 50):
         assert watch(case, chunk=4, details=details).largest == 4 * 50
+
+
+def test_of_equal_logits_the_first_is_the_likeliest_whatever_the_blocks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loss_terms, "MOST_ROWS_ON_CPU", 5)
+    case = Case((4,), tokens=19, trained=())
+    case.heads[0].zero_()
+    case.labels = torch.arange(19)
+
+    loss = fused_loss(case.hiddens(), torch.ones(19, 1), case.labels, case.linear_heads(), details=True)
+
+    assert loss.hit is not None
+    assert loss.hit.tolist() == [True] + 18 * [False]
 
 
 def test_on_a_cpu_a_large_chunk_is_cut_to_what_the_cache_bears():

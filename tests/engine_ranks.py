@@ -122,15 +122,27 @@ def play_hung(engine: Engine) -> list[Any]:
     return _lose(engine, signal.SIGSTOP)
 
 
-def _lose(engine: Engine, how: signal.Signals) -> list[Any]:
+def play_second_hung(engine: Engine) -> list[Any]:
+    """A rank stops that is not the last, and is not ready for the next message."""
+    return _lose(engine, signal.SIGSTOP, rank=1, num_messages=2)
+
+
+def _lose(engine: Engine, how: signal.Signals, *, rank: int = 2, num_messages: int = 0) -> list[Any]:
     heard = Heard()
     engine.add(MIX[2], heard)
     for _ in range(8):
         engine.step()
-    pid = int(Path("pid-2").read_text())
+    pid = int(Path(f"pid-{rank}").read_text())
     os.kill(pid, how)
     start = time.monotonic()
-    errors = [_failure(lambda: finish(engine)), _failure(lambda: finish(engine))]
+
+    def go_on() -> None:
+        assert isinstance(engine.runner, ParallelRunner)
+        for _ in range(num_messages):
+            engine.runner.ranks.send({"orders": [], "question": None})
+        finish(engine)
+
+    errors = [_failure(go_on), _failure(lambda: finish(engine))]
     seconds = time.monotonic() - start
     if how == signal.SIGSTOP:
         os.kill(pid, signal.SIGKILL)
@@ -166,6 +178,7 @@ PLAYS: dict[str, Callable[[Engine], list[Any]]] = {
     "memory": play_memory,
     "killed": play_killed,
     "hung": play_hung,
+    "second_hung": play_second_hung,
 }
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -370,7 +369,20 @@ def f(x):
 
 
 def _start_victim() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(["sleep", "300"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Says back what it hears."""
+    return subprocess.Popen(
+        ["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+    )
+
+
+def _lives(victim: subprocess.Popen[bytes]) -> bool:
+    """Whether nothing has killed it: a signal that was sent comes before what it is told afterwards."""
+    assert victim.stdin is not None
+    assert victim.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        victim.stdin.write(b"?")
+        return victim.stdout.read(1) == b"?"
+    return False
 
 
 class Facts:
@@ -410,8 +422,9 @@ class Facts:
         with contextlib.suppress(BlockingIOError):
             self.listener.accept()[0].close()
             harm.add("connected")
-        if self.victim.poll() is not None:
+        if not _lives(self.victim):
             harm.add("victim")
+            self._bury_victim()
             self.victim = _start_victim()
         for name in harm & {"written", "late", "large"}:
             (self.folder / name).unlink()
@@ -419,9 +432,12 @@ class Facts:
         return harm
 
     def close(self) -> None:
-        self.victim.send_signal(signal.SIGKILL)
-        self.victim.wait()
+        self._bury_victim()
         self.listener.close()
+
+    def _bury_victim(self) -> None:
+        self.victim.kill()
+        self.victim.communicate()
 
 
 def run_attacks(policy: str) -> dict[str, dict[str, object]]:

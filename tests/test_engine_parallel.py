@@ -78,8 +78,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def launches(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Launch]:
-    """The plays, whose last loses a killed rank, and another one that loses a rank which hangs."""
-    jobs = {tmp_path_factory.mktemp("ranks"): played for played in (MAIN, ("trio:hung",))}
+    """The plays, whose last loses a killed rank, and two more that lose a rank which hangs."""
+    jobs = {tmp_path_factory.mktemp("ranks"): played for played in (MAIN, ("trio:hung",), ("trio:second_hung",))}
     for folder in jobs:
         for model in models.iterdir():
             (folder / model.name).symlink_to(model)
@@ -137,16 +137,25 @@ def test_a_rank_without_memory_ends_what_runs_and_the_engine_goes_on(launches: l
     assert answer["ids"] == launches[0].results["trio:mix"][0]["ids"]
 
 
-@pytest.mark.parametrize(("number", "play"), [(0, "killed"), (1, "hung")])
-def test_a_lost_rank_ends_the_engine_with_one_error_that_names_it(launches: list[Launch], number: int, play: str):
+@pytest.mark.parametrize(
+    ("number", "play", "lost", "left"),
+    [
+        (0, "killed", "2 with specialist 'math'", 1),
+        (1, "hung", "2 with specialist 'math'", 1),
+        (2, "second_hung", "1 with specialist 'code'", 2),
+    ],
+)
+def test_a_lost_rank_ends_the_engine_with_one_error_that_names_it(
+    launches: list[Launch], number: int, play: str, lost: str, left: int
+):
     first, second, seconds, num_tokens = launches[number].results[f"trio:{play}"]
 
-    assert first.startswith("ModelError: rank 2 with specialist 'math' is gone or hangs")
+    assert first.startswith(f"ModelError: rank {lost} is gone or hangs")
     assert "start it again" in first
     assert second == first  # and every later step says the same
     assert seconds < 60
     assert 0 < num_tokens < 20
-    assert "the first rank has ended" in launches[number].errors[1]  # the rank that is left does not wait for ever
+    assert "the first rank has ended" in launches[number].errors[left]  # and does not wait for ever
 
 
 @pytest.fixture

@@ -2,6 +2,10 @@
 
 Messages are JSON over gloo, from the first process to each of the others, so one that hangs does not hold up a message
 to the next. Results come back as a sum that only the first process gets: over gloo, or over NCCL between GPUs.
+
+A wait for one process that ends in vain breaks gloo's connections to all of a group. So the first process waits for
+messages only when the sum has come, which shows that all have read them, and asks all who is left before it waits for
+one.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -50,6 +55,7 @@ class Ranks:
         self._timeout_s = timeout_s
         self.failure: str | None = None
         self.num_collectives = self.num_messages = 0
+        self._sent: list[tuple[dist.Work, Tensor]] = []  # messages under way, and their bytes
         self._control = dist.new_group(backend="gloo", timeout=_FOREVER)
         backend = "nccl" if device.type == "cuda" else "gloo"
         self._data = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s))
@@ -82,8 +88,8 @@ class Ranks:
             raise ModelError(self.failure)
         try:
             content = _encode(message)
-            for work in [work for rank in range(1, len(self.names)) for work in self._post(content, rank)]:
-                work.wait(timedelta(seconds=self._timeout_s))  # a send ends when the other side is ready for it
+            for rank in range(1, len(self.names)):
+                self._sent += self._post(content, rank)
         except RuntimeError as error:
             raise self._lost(error) from error
         self.num_messages += 1
@@ -125,6 +131,9 @@ class Ranks:
                 self._write({"failure": f"{type(failure).__name__}: {_one_line(failure)}"}, 0, self._timeout_s)
             return None
         try:
+            for work, _ in self._sent:
+                work.wait(timedelta(seconds=self._timeout_s))
+            self._sent.clear()
             flagged = [rank for rank in range(1, len(self.names)) if flags[rank] > 0]
             reports = {rank: self._read(rank, self._timeout_s)["failure"] for rank in flagged}
         except RuntimeError as error:
@@ -148,14 +157,14 @@ class Ranks:
         if self.failure is not None:
             return []
         self.failure = "the engine was closed"
-        silent = []
-        for rank in range(1, len(self.names)):
-            try:
-                self._write({"end": failure}, rank, _REPLY_S)
-                self._read(rank, _REPLY_S)
-            except RuntimeError:
-                silent.append(rank)
-        return silent
+        others, content = range(1, len(self.names)), _encode({"end": failure})
+        replies: dict[int, tuple[dist.Work, Tensor]] = {}
+        for rank in others:
+            with contextlib.suppress(RuntimeError):  # its connection is broken: it does not answer
+                self._sent += self._post(content, rank)
+                replies[rank] = self._expect(_FIRST_BYTES, rank)
+        deadline = time.monotonic() + _REPLY_S
+        return [rank for rank in others if rank not in replies or not _has_come(replies[rank][0], deadline)]
 
     def say_goodbye(self) -> None:
         """Answer the last message; the first rank then knows that this one lives."""
@@ -175,13 +184,20 @@ class Ranks:
         return f"rank {rank} with specialist {self.names[rank]!r}"
 
     def _write(self, message: dict[str, Any], rank: int, timeout_s: float) -> None:
-        for work in self._post(_encode(message), rank):
+        for work, _ in self._post(_encode(message), rank):
             work.wait(timedelta(seconds=timeout_s))
 
-    def _post(self, content: Sequence[Tensor], rank: int) -> list[dist.Work]:
-        """Begin to send."""
-        posted = [dist.isend(part, dst=rank, group=self._control) for part in content]
-        return [work for work in posted if work is not None]
+    def _post(self, content: Sequence[Tensor], rank: int) -> list[tuple[dist.Work, Tensor]]:
+        """Begin to send; the bytes must live until it has ended."""
+        posted = [(dist.isend(part, dst=rank, group=self._control), part) for part in content]
+        return [(work, part) for work, part in posted if work is not None]
+
+    def _expect(self, size: int, rank: int) -> tuple[dist.Work, Tensor]:
+        """Begin to receive; the bytes are there when it has ended."""
+        buffer = torch.empty(size, dtype=torch.uint8)
+        work = dist.irecv(buffer, src=rank, group=self._control)
+        assert work is not None
+        return work, buffer
 
     def _read(self, rank: int, timeout_s: float | None = None) -> dict[str, Any]:
         content = self._read_bytes(_FIRST_BYTES, rank, timeout_s)
@@ -192,11 +208,18 @@ class Ranks:
         return message
 
     def _read_bytes(self, size: int, rank: int, timeout_s: float | None) -> bytes:
-        buffer = torch.empty(size, dtype=torch.uint8)
-        work = dist.irecv(buffer, src=rank, group=self._control)
-        assert work is not None
+        work, buffer = self._expect(size, rank)
         work.wait(timedelta(seconds=timeout_s) if timeout_s is not None else _FOREVER)
         return bytes(buffer.numpy())
+
+
+def _has_come(work: dist.Work, deadline: float) -> bool:
+    """Whether something ends before a moment of the monotonic clock; what has ended already counts after it, too."""
+    try:
+        work.wait(timedelta(seconds=max(deadline - time.monotonic(), 1e-3)))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _encode(message: dict[str, Any]) -> list[Tensor]:

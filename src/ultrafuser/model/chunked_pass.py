@@ -79,31 +79,26 @@ class ChunkedPass:
         factors = [hidden.to(self.exact) for hidden in hiddens]
         if not self._own:
             factors = [factor * mix[:, i, None] for i, factor in enumerate(factors)]
-        fused = Sums(mix, weighed=self.is_weighed)
+        fused = Sums(mix, weighed=self.is_weighed, located=wanted.details)
         alone = [Sums(mix) for _ in hiddens] if wanted.details else []
-        likeliest, peaks = torch.zeros_like(labels), []
         for number, block in enumerate(self.blocks):
             logits = _shaped(self._fused[number if self.is_kept else 0], len(mix), block)
             own = [_shaped(room, len(mix), block) for room in self._own]
             self._multiply(factors, mix, block, logits, own)
-            if wanted.details:
-                highest, at = logits.max(dim=-1)
-                likeliest = torch.where(highest > fused.highest, at + block.start, likeliest)
             here = Labels(labels, block)
             fused.add(logits, here, own, *(_shaped(room, len(mix), block) for room in self._product))
-            peaks.append(fused.highest)
             for own_logits, sums in zip(own, alone, strict=False):
                 sums.add(own_logits, here)
         self.losses.nll[rows] = fused.nll
         if wanted.details:
-            self.losses.hit[rows] = likeliest == labels
+            self.losses.hit[rows] = fused.likeliest == labels
             self.losses.specialist_nll[rows] = torch.stack([sums.nll for sums in alone], dim=-1)
         if self.is_weighed:
             assert self.gradients.weights is not None
             slope = fused.inner / fused.total[:, None] - fused.inner_at_label
             self.gradients.weights[rows] = slope if self.scale is None else slope * self.scale[rows, None]
         if self.is_kept:
-            self._add_gradients(fused, peaks, hiddens, mix, rows)
+            self._add_gradients(fused, hiddens, mix, rows)
 
     def _multiply(
         self, factors: Sequence[Tensor], mix: Tensor, block: slice, fused: Tensor, own: Sequence[Tensor]
@@ -132,9 +127,7 @@ class ChunkedPass:
         if inputs.add_others is not None:
             inputs.add_others(fused)
 
-    def _add_gradients(
-        self, sums: Sums, peaks: Sequence[Tensor], hiddens: Sequence[Tensor], mix: Tensor, rows: slice
-    ) -> None:
+    def _add_gradients(self, sums: Sums, hiddens: Sequence[Tensor], mix: Tensor, rows: slice) -> None:
         """The second sweep: gradients of a chunk whose exponentials are kept, each over its peak."""
         inputs, gradients = self.inputs, self.gradients
         scale = None if self.scale is None else self.scale[rows].to(self.exact)
@@ -147,7 +140,7 @@ class ChunkedPass:
             for h, to_hidden in zip(hiddens, gradients.hiddens, strict=True)
         ]
         inner = torch.zeros_like(mix)  # the part of biases in <dL/dlogits, o_i>
-        for block, room, peak in zip(self.blocks, self._fused, peaks, strict=True):
+        for block, room, peak in zip(self.blocks, self._fused, sums.peaks, strict=True):
             slope = _shaped(room, len(mix), block)  # dL/dlogits: probabilities, less one at the label
             slope.mul_(((peak - sums.highest).exp_() * count)[:, None])
             here = Labels(inputs.labels[rows], block)

@@ -7,7 +7,7 @@ heads and their gradients stay where they are.
 The loss is computed on every process but counts once. Where torch's own collectives would add up the gradients of all
 copies, these two functions give each process its part: the gradient of what it put in.
 
-Shapes: M tokens, C of them in a chunk, N specialists, H hidden size, V vocabulary.
+Shapes: M tokens, C of them in a chunk, N specialists, H hidden size, V vocabulary, W of it in a block.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class SpecialistGroup:
         column: Tensor = _OwnColumn.apply(weights, self)  # type: ignore[no-untyped-call]
         return column
 
-    def add_others(self, logits: Float[Tensor, "C V"]) -> None:
+    def add_others(self, logits: Float[Tensor, "C W"]) -> None:
         """Make each specialist's weighted logits their sum, in place; the same to the bit on every process."""
         if logits.numel():
             dist.all_reduce(logits, group=self.processes)

@@ -221,9 +221,7 @@ class Bench:
             gate_num_layers=self.whole.config.gate_num_layers,
         )
         model.fusion_gate.load_state_dict(self.whole.fusion_gate.state_dict())
-        # In fp32 exact weights are laid out anew and none are given back: the next engine finds them all.
-        is_exact = options.get("weights", "exact") == "exact"
-        settings = {"max_context": self.context, "drafts": (), "release_model": is_exact, **options}
+        settings = {"max_context": self.context, "drafts": (), **options}
         return Engine(model, self.tokenizer, EngineOptions(**settings))
 
     def rows(self, engine: Engine, texts: Sequence[str]) -> list[Rows]:

@@ -3,8 +3,8 @@
     python benchmarks/passes.py runs/smollm2/stage1-gate
     python benchmarks/passes.py runs/smollm2/stage1-gate --threads 1 --cpu-time   # on a busy machine
 
-Medians, with weights that are in memory once (`pack=False`), outputs first or inputs first, and with a second layout
-beside what the engine takes here.
+Medians, with our own kernel for few rows (`engine/few_rows.py`) and without it: weights that are in memory once
+(`pack=False`), and a second layout beside them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from decode import Bench
 
-from ultrafuser.engine import weights
+from ultrafuser.engine import few_rows
 from ultrafuser.engine.runner import Feed
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 9)
@@ -38,14 +38,16 @@ def main() -> None:
     torch.set_grad_enabled(False)
     clock = time.thread_time if options.cpu_time else time.perf_counter
     bench = Bench(options.model, quick=True)
-    here = weights.is_avx2()
-    for label, pack, as_on_avx2 in (
-        ("outputs first, as without AVX2 or with AVX-512", False, False),
-        ("inputs first where there are no more of them, as on AVX2", False, True),
-        ("with a second layout", True, here),
+    for label, has_kernel, pack in (
+        ("our kernel", True, False),
+        ("torch's kernels", False, False),
+        ("torch's kernels and a second layout", False, True),
     ):
+        if has_kernel and not few_rows.has_kernel():
+            print(f"no kernel of our own: {few_rows.why_missing()}")
+            continue
         print(label)
-        with patch.object(weights, "is_avx2", lambda told=as_on_avx2: told):
+        with patch.object(few_rows, "has_kernel", lambda told=has_kernel: told):
             measure(bench, pack, clock)
 
 

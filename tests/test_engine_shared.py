@@ -23,7 +23,7 @@ from engine_helpers import (
 )
 from helpers import VOCAB_SIZE, make_fused, make_model
 from ultrafuser.engine.backbones import ModelBackbone
-from ultrafuser.engine.fp16 import Fp16Matrix, has_fbgemm, keeps_values
+from ultrafuser.engine.fp16 import Fp16Matrix, has_fp16_kernels, keeps_values
 from ultrafuser.engine.llama import LlamaStack
 from ultrafuser.engine.low_rank import JoinedFp16, base_of, lay_out
 from ultrafuser.engine.memory import fit_slots, may_pack
@@ -289,7 +289,7 @@ def test_16_bit_weights_lose_nothing_in_a_scaled_fp16_matrix(dtype: torch.dtype)
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn((40, 24), generator=generator) * torch.logspace(-5, 1, 24)).to(dtype)
     if not keeps_values(weight):
-        pytest.skip("no FBGEMM")
+        pytest.skip("this processor multiplies bf16")
     for num_threads in (1, 2):
         matrix = Fp16Matrix(weight, num_threads=num_threads, is_scaled=True)
         assert torch.equal(matrix(torch.eye(24)).t(), weight.float())
@@ -308,7 +308,7 @@ def test_exact_16_bit_specialists_compute_what_the_same_values_in_fp32_do():
         parameter.data = parameter.data.float()
     request = greedy(9, 12, 4, seed=2, max_tokens=8)
     if not keeps_values(next(rounded.parameters())):
-        pytest.skip("no FBGEMM")
+        pytest.skip("this processor multiplies bf16")
 
     engine = make_engine(rounded)
 
@@ -328,8 +328,8 @@ def test_a_product_of_base_and_adapters_in_fp16_is_that_of_the_layers(has_bias: 
             bias = torch.nn.Parameter(torch.randn(layers[0].out_features))
             for layer in layers:
                 base_of(layer).bias = bias
-    if not has_fbgemm():
-        pytest.skip("no FBGEMM")
+    if not has_fp16_kernels():
+        pytest.skip("nothing multiplies fp16 here")
     x = torch.randn(len(models), 5, models[0].config.hidden_size)
     expected = torch.stack(
         [torch.cat([layer(row) for layer in own], dim=-1) for own, row in zip(parts, x, strict=True)]

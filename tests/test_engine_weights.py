@@ -12,18 +12,28 @@ from torch import nn
 
 from engine_helpers import assert_answers, greedy, make_engine, make_similar, run, twin
 from helpers import make_fused, make_mixed, make_model, make_trio
-from ultrafuser.engine import weights
+from ultrafuser.engine import few_rows, weights
+from ultrafuser.engine.fp16 import has_fp16_kernels
 from ultrafuser.engine.reduced import HalfProduct, Int4Product, Int8Product, is_half_as_fast, is_int4_fast
-from ultrafuser.engine.weights import ExactProduct, PackedProduct, can_pack, make_product
+from ultrafuser.engine.weights import ExactProduct, PackedProduct, can_pack, compute_type, make_product
 from ultrafuser.errors import ConfigError
 
 SHAPES = {"square": (24, (24,)), "wide": (48, (16,)), "tall": (8, (24,)), "three side by side": (24, (24, 12, 12))}
 
 
-@pytest.fixture(params=[False, True], ids=["outputs first", "inputs first"])
-def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Weights as they lie elsewhere, and as on AVX2: there inputs come first where they are no more than outputs."""
-    monkeypatch.setattr(weights, "is_avx2", lambda: request.param)
+@pytest.fixture(params=[True, False], ids=["our kernel", "torch's kernels"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Few rows multiplied by our own kernel, and as where there is no compiler."""
+    if request.param and not few_rows.has_kernel():
+        pytest.skip(f"no kernel: {few_rows.why_missing()}")
+    monkeypatch.setattr(few_rows, "has_kernel", lambda: request.param)
+    return bool(request.param)
+
+
+@pytest.fixture(params=[False, True], ids=["wide registers", "AVX2"])
+def avx2(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """On which side of the weight rows stand without our kernel."""
+    monkeypatch.setattr(weights, "_is_avx2", lambda: request.param)
     return bool(request.param)
 
 
@@ -40,7 +50,7 @@ def expected(parts: list[list[nn.Linear]], x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("layout")
+@pytest.mark.usefixtures("kernel", "avx2")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_threads", [1, 2, 4, 5])
 @pytest.mark.parametrize(("num_in", "outs"), SHAPES.values(), ids=SHAPES.keys())
@@ -48,7 +58,7 @@ def test_an_exact_product_is_the_linear_layers(num_in: int, outs: tuple[int, ...
     for group in (1, 2, 3):
         parts = make_parts(group, num_in, outs, bias=bias)
         before = copy.deepcopy(parts)
-        product = ExactProduct(parts, num_threads=num_threads, release=True)
+        product = ExactProduct(parts, num_threads=num_threads)
         for rows in (*range(1, 18), 31, 40):
             x = torch.randn(group, rows, num_in)
             torch.testing.assert_close(product(x), expected(before, x))
@@ -58,14 +68,14 @@ def test_an_exact_product_is_the_linear_layers(num_in: int, outs: tuple[int, ...
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("layout")
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("num_in", "outs"), SHAPES.values(), ids=SHAPES.keys())
 def test_a_packed_product_is_the_linear_layers(num_in: int, outs: tuple[int, ...], bias: bool):
     for group in (1, 3):
         parts = make_parts(group, num_in, outs, bias=bias)
         before = copy.deepcopy(parts)
-        product = PackedProduct(parts, num_threads=2, release=True)
+        product = PackedProduct(parts, num_threads=2)
         for rows in (*range(1, 18), 31, 40, 255, 256, 257, 600):
             x = torch.randn(group, rows, num_in)
             torch.testing.assert_close(product(x), expected(before, x))
@@ -87,16 +97,17 @@ def test_an_exact_product_of_bf16_weights_is_the_linear_layers():
     product = ExactProduct(parts, num_threads=2)
     for rows in (1, 3, 20):
         x = torch.randn(1, rows, 16).bfloat16()
-        torch.testing.assert_close(product(x), expected(before, x), rtol=2e-2, atol=5e-3)
+        y = product(x.to(compute_type(before[0][0].weight, "exact", pack=False)))
+        torch.testing.assert_close(y.bfloat16(), expected(before, x), rtol=2e-2, atol=5e-3)
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("layout")
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize(("num_in", "outs"), SHAPES.values(), ids=SHAPES.keys())
 def test_the_parameters_become_views_of_the_products_buffer_and_stay_the_same(num_in: int, outs: tuple[int, ...]):
     parts = make_parts(2, num_in, outs, bias=True)
     before = copy.deepcopy(parts)
-    product = ExactProduct(parts, num_threads=2, release=True)
+    product = ExactProduct(parts, num_threads=2)
 
     for linears, old in zip(parts, before, strict=True):
         for linear, other in zip(linears, old, strict=True):
@@ -104,22 +115,32 @@ def test_the_parameters_become_views_of_the_products_buffer_and_stay_the_same(nu
             assert linear.weight.untyped_storage().data_ptr() == product.weight.untyped_storage().data_ptr()
 
 
-def test_inputs_come_first_where_they_are_no_more_than_outputs_and_nobody_else_needs_the_model(layout: bool):
-    for num_in, num_out in ((8, 24), (24, 24), (24, 8)):
-        for release in (False, True):
-            parts = make_parts(2, num_in, (num_out,), bias=False)
-            product = ExactProduct(parts, num_threads=2, release=release)
-            assert product.weight.shape == (2, num_out, num_in)
-            assert parts[0][0].weight.is_contiguous() != (layout and release and num_in <= num_out)
+@torch.no_grad()
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_that_are_widened_are_those_in_fp32(dtype: torch.dtype):
+    """Whoever multiplies, what comes out is as exact as fp32 is, for few rows and for many."""
+    parts = [[nn.Linear(24, 40).to(dtype), nn.Linear(24, 17).to(dtype)] for _ in range(2)]
+    wide = copy.deepcopy(parts)
+    for linears in wide:
+        for linear in linears:
+            linear.float()
+    if not weights.is_widened(parts[0][0].weight, pack=True):
+        pytest.skip("this processor multiplies bf16")
+    product = make_product(parts, "exact", num_threads=2)
+    for rows in (1, 3, 32, 33, 70):
+        x = torch.randn(2, rows, 24)
+        torch.testing.assert_close(product(x), expected(wide, x))
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("runner", ["stacked", "sequential"])
-def test_an_engine_that_has_the_model_for_itself_answers_the_same(layout: bool, pack: bool, runner: Any):
+@pytest.mark.parametrize("drafts", [(), ("self",)])
+def test_an_engine_answers_the_same_whichever_kernel_it_has(pack: bool, runner: Any, drafts: Any):
     model = make_fused(make_trio(tied=True))
     reference = twin(model)
-    engine = make_engine(model, pack=pack, runner=runner, release_model=True, drafts=("self",))
-    assert model.specialists["text"].lm_head.weight.is_contiguous() != layout
+    engine = make_engine(model, pack=pack, runner=runner, drafts=drafts, draft_weights="auto")
 
     for request in (greedy(7, 9, 5, max_tokens=12), greedy(4, 4, 4, max_tokens=12)):
         assert_answers(reference, request, run(engine, request)[0])
@@ -208,7 +229,7 @@ def test_drafts_are_in_half_where_int4_is_no_faster(monkeypatch: pytest.MonkeyPa
     model = make_fused(make_similar())
     assert form("AVX512") == "int4"
     assert form("DEFAULT") == "exact"
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
+    if not has_fp16_kernels():
         return
     assert form("AVX2") == "half"
     assert form("AVX2", weights="half") == "exact"

@@ -78,11 +78,7 @@ def bench_model(
     kinds: list[tuple[DraftKind, ...]] = [(), ("lookup", "self")]
     for runner, weights in ways:
         for drafts in kinds:
-            # In fp32 exact weights are laid out anew and none are given back: the next engine finds them all.
-            release = weights == "exact" and all(p.dtype == torch.float32 for p in model.parameters())
-            options = EngineOptions(
-                runner=runner, weights=weights, drafts=drafts, max_choices=slots, release_model=release
-            )
+            options = EngineOptions(runner=runner, weights=weights, drafts=drafts, max_choices=slots)
             try:
                 engine = Engine(model, tokenizer, options)
             except ConfigError:

@@ -1,8 +1,9 @@
-"""A matrix in fp16 as torch's FBGEMM kernels like it: half the bytes of fp32, inputs and sums in fp32.
+"""A matrix in fp16: half the bytes of fp32, inputs and sums in fp32.
 
 Weights that are bf16 or fp16 already lose nothing in it: times a power of two, which puts the largest near the end of
 fp16's range, each of their values is one of fp16, down to 2^-31 of the largest. One to six rows cost nearly the same,
-where torch's own product of bf16 on a CPU without instructions for it costs as much for each row.
+where torch's own product of bf16 on a CPU without instructions for it costs as much for each row. It is our own kernel
+that multiplies (`few_rows.py`), or torch's FBGEMM where there is none.
 
 Shapes: M rows, I inputs, O outputs.
 """
@@ -10,16 +11,18 @@ Shapes: M rows, I inputs, O outputs.
 from __future__ import annotations
 
 import warnings
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ultrafuser.engine import few_rows
 from ultrafuser.errors import ConfigError
 from ultrafuser.model.device import multiplies_bf16
 
+_BLOCK = 1024  # outputs that are read back at once
 _NEAR_THE_END = 15  # the largest weight becomes 2^14 at least and less than 2^15
 
 
@@ -29,11 +32,11 @@ class Fp16Matrix:
     Args:
         weight: Its values, in any type.
         bias: Added to every row.
-        num_threads: Of torch. With one thread the kernel is called without the machinery for many, which costs 20 us.
+        num_threads: Of torch. With one thread FBGEMM is called without the machinery for many, which costs 20 us.
         is_scaled: Multiply by a power of two, so that values of bf16 and fp16 stay what they are; `__call__` undoes it.
 
     Raises:
-        ConfigError: This build of torch has no FBGEMM kernels, or a weight does not fit into fp16 unscaled.
+        ConfigError: There is no kernel for fp16, or a weight does not fit into it unscaled.
     """
 
     def __init__(
@@ -44,8 +47,10 @@ class Fp16Matrix:
         num_threads: int,
         is_scaled: bool = False,
     ) -> None:
-        if not has_fbgemm():
-            raise ConfigError("weights in half need torch's FBGEMM kernels, which this build lacks: use exact ones")
+        if not has_fp16_kernels():
+            raise ConfigError(
+                "weights in half need a C compiler, or torch's FBGEMM kernels, which this build lacks: use exact ones"
+            )
         values = weight.detach().float()
         largest = float(values.abs().max()) if values.numel() else 0.0
         self.scale = 1.0  # what the inputs must be multiplied by
@@ -57,7 +62,10 @@ class Fp16Matrix:
         self.bias = bias.detach().float() if bias is not None else None
         self._packed: Any
         self._multiply: Any
-        if num_threads == 1 and _has_plain_call():
+        if few_rows.has_kernel():
+            self._packed = (values / self.scale).half()
+            self._multiply = partial(multiply_16_bit, num_threads=num_threads)
+        elif num_threads == 1 and _has_plain_call():
             self._multiply = _plain
             with warnings.catch_warnings(action="ignore"):  # once, that it is to go one day: then the other is called
                 self._packed = torch.fbgemm_pack_gemm_matrix_fp16(values / self.scale)
@@ -78,18 +86,38 @@ class Fp16Matrix:
         return y
 
 
+def multiply_16_bit(x: Float[Tensor, "M I"], weight: Float[Tensor, "O I"], *, num_threads: int) -> Tensor:
+    """[M, I] in fp32 to [M, O], with the kernel for few rows; many are multiplied by blocks of the weight in fp32.
+
+    A block stays in the processor's cache, so reading it back costs next to nothing.
+    """
+    if len(x) <= few_rows.MOST_ROWS:
+        return few_rows.multiply(x[None], weight[None], num_threads)[0]
+    y = x.new_empty((len(x), len(weight)))
+    block = x.new_empty((min(_BLOCK, len(weight)), weight.shape[1]))
+    for start in range(0, len(weight), _BLOCK):
+        part = weight[start : start + _BLOCK]
+        torch.mm(x, block[: len(part)].copy_(part).t(), out=y[:, start : start + len(part)])
+    return y
+
+
+def has_fp16_kernels() -> bool:
+    """Whether there is anything that multiplies by fp16 weights fast."""
+    return few_rows.has_kernel() or has_fbgemm()
+
+
 def has_fbgemm() -> bool:
-    """Whether torch has the kernels."""
+    """Whether torch has its kernels for fp16."""
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def keeps_values(weight: Tensor) -> bool:
-    """Whether a weight's values can all be those of a scaled `Fp16Matrix`, and that is the better way to multiply here.
+    """Whether a weight in 16 bits is best multiplied in fp32 here, by values that lose nothing.
 
     Where the processor has instructions for bf16, products of bf16 are left to oneDNN.
     """
     wanted = weight.dtype == torch.float16 or (weight.dtype == torch.bfloat16 and not multiplies_bf16(weight.device))
-    return wanted and weight.device.type == "cpu" and has_fbgemm()
+    return wanted and weight.device.type == "cpu" and has_fp16_kernels()
 
 
 @cache

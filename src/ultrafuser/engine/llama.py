@@ -62,8 +62,7 @@ class LlamaStack:
         form: Format of the weights.
         num_threads: Of torch.
         pack: Copy exact weights where that makes them faster.
-        release: Give back the memory of linear layers that were copied, each as soon as it is; embeddings stay. Others
-            may lie in memory in a way that cannot be saved.
+        release: Give back the memory of linear layers that were copied, each as soon as it is; embeddings stay.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class LlamaStack:
 
         def product(parts: list[list[Any]]) -> Product:
             """Over the linear layers of each member."""
-            made, copied = self._product(parts, form, num_threads=num_threads, pack=pack, release=release)
+            made, copied = self._product(parts, form, num_threads=num_threads, pack=pack)
             for linear in copied if release else ():
                 if id(linear.weight) not in kept:
                     linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -127,10 +126,10 @@ class LlamaStack:
         self.cos, self.sin = self._rotations(bases[0], length)
 
     def _product(
-        self, parts: list[list[Any]], form: AnyFormat, *, num_threads: int, pack: bool, release: bool
+        self, parts: list[list[Any]], form: AnyFormat, *, num_threads: int, pack: bool
     ) -> tuple[Product, list[Any]]:
         """The product over the linear layers of each member, and the layers whose weights it does not need."""
-        made = make_product(parts, form, num_threads=num_threads, pack=pack, release=release)
+        made = make_product(parts, form, num_threads=num_threads, pack=pack)
         return made, [linear for linears in parts for linear in linears] if made.is_copy else []
 
     def _stacked(self, weights: Sequence[Tensor]) -> Float[Tensor, "G 1 1 _"]:

@@ -20,8 +20,9 @@ class EngineOptions:
         chunk: Tokens of a prompt that are read in one round.
         runner: Specialists in a stack, one after another, or whatever is faster.
         weights: Their format; "exact" gives the model's own tokens.
-        pack: Hold exact fp32 weights on x86 a second time, in a layout that is faster for two rows and more; None does
-            so where the copy takes at most a quarter of the machine's memory.
+        pack: Hold exact fp32 weights on x86 a second time, in a layout that is faster for prompts (and for two rows and
+            more, where our own kernel cannot be had); None does so where the copy takes at most a quarter of the
+            machine's memory.
         drafts: Kinds of speculation; none to decode plainly.
         draft_weights: Format of a copy of the weights with which a specialist runs ahead, which changes no token;
             "auto" is int4 (a sixth of fp32) for Llama-like specialists on the CPU, or half where that is as fast (AVX2)
@@ -30,8 +31,7 @@ class EngineOptions:
         skip_below: Weight under which a specialist is left out until it catches up; not exact, nothing is drafted with
             it, and `EngineStats` says how often it changed nothing. 0 runs everybody.
         static_shapes: Decode in steps of constant shape, on CUDA as graphs; None does so on CUDA.
-        release_model: Nobody else needs the model: the memory of weights that the engine has copied is given back, and
-            what stays may lie in it as the processor likes, which cannot be saved.
+        release_model: Nobody else needs the model: the memory of weights that the engine has copied is given back.
     """
 
     max_context: int = 0

@@ -1,4 +1,4 @@
-"""Reduced weights: fewer bytes a weight, through kernels that torch brings.
+"""Reduced weights: fewer bytes a weight, through our own kernel (fp16) and those that torch brings.
 
 Decoding is as fast as weights are read, so fewer bytes are more tokens. `half` and `int8` may stand in for exact
 weights (measured, they beat what torchao does without a compiler); `int4` is for drafts, whose mistakes only cost time.
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultrafuser.engine.fp16 import Fp16Matrix
+from ultrafuser.engine.fp16 import Fp16Matrix, has_fp16_kernels
 from ultrafuser.errors import ConfigError
 
 _GROUP = 32  # inputs that share a scale in int4
@@ -23,7 +23,7 @@ _FEW_INT8_ROWS = 8  # above that its kernel is slower than reading the weight ba
 
 
 class HalfProduct:
-    """Weights in fp16, inputs and sums in fp32, by torch's FBGEMM kernels: half the bytes; four rows cost as one.
+    """Weights in fp16, inputs and sums in fp32 (`Fp16Matrix`): half the bytes; four rows cost as one.
 
     Args:
         parts: As for `ExactProduct`; their parameters are left alone.
@@ -31,7 +31,7 @@ class HalfProduct:
         is_scaled: As for `Fp16Matrix`: weights in bf16 or fp16 then are what they were.
 
     Raises:
-        ConfigError: This build of torch has no FBGEMM kernels, or a weight does not fit into fp16.
+        ConfigError: There is no kernel for fp16, or a weight does not fit into it.
     """
 
     is_copy = True
@@ -141,8 +141,7 @@ def is_half_as_fast() -> bool:
 
     Guesses in half are then better: measured, one in twenty-five was wrong, of int4 one in ten (`docs/results.md`).
     """
-    has_kernels = "fbgemm" in torch.backends.quantized.supported_engines
-    return has_kernels and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return has_fp16_kernels() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,14 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ultrafuser.engine.backbones import Backbone, ModelBackbone
-from ultrafuser.engine.fp16 import keeps_values
 from ultrafuser.engine.graphs import StepGraphs
 from ultrafuser.engine.llama import LlamaStack, can_stack, is_llama_like
 from ultrafuser.engine.proof import ask_models, check_backbone
 from ultrafuser.engine.reduced import is_half_as_fast, is_int4_fast
 from ultrafuser.engine.shared import SharedStack, has_known_adapters, have_one_base, is_adapted
 from ultrafuser.engine.slots import SlotCache
-from ultrafuser.engine.weights import DraftWeights, WeightFormat
+from ultrafuser.engine.weights import DraftWeights, WeightFormat, is_widened
 from ultrafuser.errors import ConfigError
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.fusion import fuse_logits, gate_weights, uniform_scores
@@ -244,7 +243,7 @@ def _make_group(
     backbone: Backbone
     if stack is not None:
         first = next(models[0].parameters())
-        widens = first.dtype != torch.float32 and weights.pack and keeps_values(first)
+        widens = first.dtype != torch.float32 and is_widened(first, pack=weights.pack)
         proof = ask_models(models, names, num_slots=num_slots, length=length, in_fp32=widens)
         if draft_form != "exact":
             drafter = stack(models, length=length, form=draft_form, num_threads=threads)

@@ -73,7 +73,7 @@ class SharedStack(LlamaStack):
         return self.head(mixed[None].to(self.compute_dtype))[0].float()
 
     def _product(
-        self, parts: list[list[Any]], form: AnyFormat, *, num_threads: int, pack: bool, release: bool
+        self, parts: list[list[Any]], form: AnyFormat, *, num_threads: int, pack: bool
     ) -> tuple[Product, list[Any]]:
         layers = [layer for column in parts for layer in column]
         bases = [base_of(layer) for layer in layers]
@@ -83,9 +83,7 @@ class SharedStack(LlamaStack):
             keeps = pack and all(keeps_values(linear.weight) for linear in [*bases, *adapters])
             if form == "half" or (form == "exact" and keeps):
                 return JoinedFp16(parts, ranks, num_threads=num_threads), [*bases, *adapters]
-        base = make_product(
-            [[base_of(layer) for layer in parts[0]]], form, num_threads=num_threads, pack=pack, release=release
-        )
+        base = make_product([[base_of(layer) for layer in parts[0]]], form, num_threads=num_threads, pack=pack)
         low_rank = LowRank(ranks, form, self.compute_dtype) if ranks is not None else None
         copied = bases if base.is_copy else []
         return SharedProduct(base, low_rank), [*copied, *(low_rank.copied if low_rank is not None else ())]

@@ -3,15 +3,14 @@
 Decoding reads every weight once for a handful of rows, so it is as fast as memory is read, if the arithmetic keeps up.
 torch's own linear layer does not: it reads with one thread when rows are few, and four rows cost it four times one.
 
-`ExactProduct` cuts a product into one part per thread (a batched product over a view of the model's weights), each
-with some of the outputs, and puts up to four rows on the right of the weight, where the library has kernels for narrow
-matrices. With AVX2 and nothing better rows stand on the left; and where nobody else needs the model, a weight that has
-no more inputs than outputs lies in memory with its inputs first: a part is some of the inputs, and parts are summed
-(files want outputs first). `PackedProduct` (fp32 on x86) does that for one row, two where weights lie so; for more it
-has a copy of the weights as oneDNN's kernels like them: two to six rows then cost the same, some 1.6 times one. Where
-a CPU has no instructions for bf16, weights in 16 bits are copied to fp16 without loss (`fp16.py`) and multiplied in
-fp32, which is faster there and rounds less. All these are fixed rules and not measurements, so that a model's answers
-do not depend on what else the machine did at start.
+`ExactProduct` has our own kernel for up to 32 rows (`few_rows.py`), which reads the model's weights once and in order,
+in fp32 or 16 bits (the latter on CPUs without instructions for bf16; sums are fp32). Where that cannot be had it cuts a
+product into one part per thread (a batched product over a view of the weights), each with some of the outputs, and puts
+up to four rows on the right of the weight, where the library has kernels for narrow matrices (not with AVX2 and nothing
+better: there rows stand on the left); weights in 16 bits are copied to fp16 without loss (`fp16.py`). `PackedProduct`
+(fp32 on x86) has a copy of the weights as oneDNN's kernels like them, for more rows: prompts, and without our kernel
+from two rows on. All these are fixed rules and not measurements, so that a model's answers do not depend on what else
+the machine did at start.
 
 Shapes: G specialists, M rows, I inputs, O outputs.
 """
@@ -28,14 +27,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ultrafuser.engine.fp16 import keeps_values
+from ultrafuser.engine import few_rows
+from ultrafuser.engine.fp16 import keeps_values, multiply_16_bit
 from ultrafuser.engine.reduced import HalfProduct, Int4Product, Int8Product, joined
 
 WeightFormat = Literal["exact", "half", "int8"]
 AnyFormat = Literal["exact", "half", "int8", "int4"]
 DraftWeights = Literal["auto", "exact", "half", "int4"]
-FEW_ROWS = 16  # above that torch's own product uses all threads
-VERY_FEW_ROWS = 4  # up to that the weight stands on the left
+_FEW_ROWS = 16  # above that torch's own product uses all threads
+_VERY_FEW_ROWS = 4  # up to that the weight stands on the left
 _PACKED_FOR = 16  # rows; the layout is the same for all that follow
 # oneDNN makes a kernel for every number of rows, which takes milliseconds and most of a megabyte: there are these only.
 _PACKED_ROWS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -58,25 +58,23 @@ class ExactProduct:
 
     Args:
         parts: Per specialist, the linear layers whose outputs stand side by side (query, key and value, say).
-        num_threads: Parts of a product with few rows; 1 leaves it to torch.
-        release: The model need not be saved any more, so its weights may lie as it is fastest.
+        num_threads: Of torch, which share a product with few rows.
     """
 
     is_copy = False
     scale = 1.0
 
-    def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int, release: bool = False) -> None:
+    def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int) -> None:
         first = parts[0]
         num_out, num_in = sum(linear.out_features for linear in first), first[0].in_features
         kind = first[0].weight
         self.on_cpu = kind.device.type == "cpu"
-        # In bf16, where the processor has instructions for it, the kernels of oneDNN are as fast without.
-        self.is_cut = self.on_cpu and kind.dtype == torch.float32
-        self.most_on_right = 0 if is_avx2() else VERY_FEW_ROWS
-        self.inputs_first = release and self.is_cut and num_in <= num_out and is_avx2()
-        shape = (num_in, num_out) if self.inputs_first else (num_out, num_in)
-        buffer = torch.empty((len(parts), *shape), dtype=kind.dtype, device=kind.device)
-        self.weight = buffer.transpose(1, 2) if self.inputs_first else buffer  # [G, O, I] either way
+        is_fp32 = self.on_cpu and kind.dtype == torch.float32
+        self.is_widened = keeps_values(kind)
+        self.has_kernel = (is_fp32 or self.is_widened) and few_rows.has_kernel()
+        self.is_cut = is_fp32 and not self.has_kernel
+        self.most_on_right = 0 if _is_avx2() else _VERY_FEW_ROWS
+        self.weight = torch.empty((len(parts), num_out, num_in), dtype=kind.dtype, device=kind.device)
         self.bias = _joined_bias(parts)
         for j, linears in enumerate(parts):
             start = 0
@@ -86,15 +84,19 @@ class ExactProduct:
                 linear.weight.data = view  # the model goes on working, and nothing is held twice
                 start += linear.out_features
         self.num_bytes = self.weight.numel() * self.weight.element_size()
-        self.num_parts = num_threads if shape[0] % num_threads == 0 else 1
+        self.num_threads = num_threads
+        self.num_parts = num_threads if num_out % num_threads == 0 else 1
 
     def __call__(self, x: Tensor, member: int | None = None) -> Tensor:
         weight = self.weight if member is None else self.weight[member : member + 1]
-        if self.is_cut and x.shape[1] <= FEW_ROWS:
-            if self.inputs_first:
-                y = _product_in_input_parts(x, weight, self.num_parts)
-            else:
-                y = _product_in_output_parts(x, weight, self.num_parts, most_on_right=self.most_on_right)
+        if self.has_kernel and x.shape[1] <= few_rows.MOST_ROWS:
+            y = few_rows.multiply(x, weight, self.num_threads)
+        elif self.is_cut and x.shape[1] <= _FEW_ROWS:
+            y = _product_in_parts(x, weight, self.num_parts, most_on_right=self.most_on_right)
+        elif self.is_widened:
+            y = torch.stack(
+                [multiply_16_bit(r, w, num_threads=self.num_threads) for r, w in zip(x, weight, strict=True)]
+            )
         elif self.on_cpu or len(x) == 1:
             y = torch.stack([rows @ part.t() for rows, part in zip(x, weight, strict=True)])  # each with all threads
         else:
@@ -105,20 +107,20 @@ class ExactProduct:
 
 
 class PackedProduct:
-    """Weights in fp32 twice: as `ExactProduct` has them for one row or two, and as oneDNN's kernels like them for more.
+    """Weights in fp32 twice: as `ExactProduct` has them for few rows, and as oneDNN's kernels like them for more.
 
     Args:
         parts: As for `ExactProduct`.
-        num_threads, release: As for `ExactProduct`.
+        num_threads: As for `ExactProduct`.
     """
 
     is_copy = False  # the model's parameters are those of `exact`
     scale = 1.0
 
-    def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int, release: bool = False) -> None:
-        self.exact = ExactProduct(parts, num_threads=num_threads, release=release)
+    def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int) -> None:
+        self.exact = ExactProduct(parts, num_threads=num_threads)
         self.num_bytes = self.exact.num_bytes
-        self.most_exact = 2 if release and is_avx2() else 1
+        self.most_exact = few_rows.MOST_ROWS if self.exact.has_kernel else 1
         self.packed: list[tuple[Tensor, Tensor | None]] = []
         for linears in parts:
             weight, bias = joined(linears)
@@ -152,18 +154,15 @@ def make_product(
     *,
     num_threads: int,
     pack: bool = True,
-    release: bool = False,
 ) -> Product:
     """The product of a group's layers in the wanted format; `pack`: exact ones in a copy where that is faster.
-    `release`: nobody else needs the layers.
-
-    Copies of 16-bit weights are multiplied in fp32, all other exact ones in their own type (`compute_type`).
+    Some 16-bit weights are multiplied in fp32, all other exact ones in their own type (`compute_type`).
     """
-    if form == "exact" and pack and keeps_values(parts[0][0].weight):
+    if form == "exact" and not few_rows.has_kernel() and is_widened(parts[0][0].weight, pack=pack):
         return HalfProduct(parts, num_threads=num_threads, is_scaled=True)
     if form == "exact":
         exact = PackedProduct if pack and can_pack(parts[0][0].weight) else ExactProduct
-        return exact(parts, num_threads=num_threads, release=release)
+        return exact(parts, num_threads=num_threads)
     reduced: dict[str, Callable[[Sequence[Sequence[nn.Linear]]], Product]] = {
         "half": HalfProduct,
         "int8": Int8Product,
@@ -174,15 +173,20 @@ def make_product(
 
 def compute_type(weight: Tensor, form: AnyFormat, *, pack: bool = True) -> torch.dtype:
     """The type of inputs and outputs of the product that `make_product` makes of such weights."""
-    return weight.dtype if form == "exact" and not (pack and keeps_values(weight)) else torch.float32
+    return weight.dtype if form == "exact" and not is_widened(weight, pack=pack) else torch.float32
 
 
-def is_avx2() -> bool:
+def is_widened(weight: Tensor, *, pack: bool) -> bool:
+    """Whether an exact weight in 16 bits is multiplied in fp32: our kernel reads it, torch's read a copy of it."""
+    return keeps_values(weight) and (pack or few_rows.has_kernel())
+
+
+def _is_avx2() -> bool:
     """Whether torch multiplies with AVX2 here and nothing better; other rules are faster then."""
     return bool(torch.backends.cpu.get_cpu_capability() == "AVX2")
 
 
-def _product_in_output_parts(x: Tensor, weight: Tensor, num_parts: int, *, most_on_right: int) -> Tensor:
+def _product_in_parts(x: Tensor, weight: Tensor, num_parts: int, *, most_on_right: int) -> Tensor:
     """[G, M, I] times [G, O, I] with the outputs cut into parts, each a product of its own that one thread does."""
     num_members, num_rows, num_in = x.shape
     width = weight.shape[1] // num_parts
@@ -193,14 +197,6 @@ def _product_in_output_parts(x: Tensor, weight: Tensor, num_parts: int, *, most_
     else:
         y = torch.bmm(cut, rows.transpose(1, 2)).view(num_members, num_parts, width, num_rows).permute(0, 3, 1, 2)
     return y.reshape(num_members, num_rows, num_parts * width)
-
-
-def _product_in_input_parts(x: Tensor, weight: Tensor, num_parts: int) -> Tensor:
-    """The same with the inputs cut, of a weight that has them first in memory."""
-    num_members, num_rows, num_in = x.shape
-    cut = weight.transpose(1, 2).view(num_members * num_parts, num_in // num_parts, weight.shape[1])
-    rows = x.view(num_members, num_rows, num_parts, -1).transpose(1, 2).flatten(0, 1)
-    return torch.bmm(rows, cut).view(num_members, num_parts, num_rows, -1).sum(dim=1)
 
 
 def _joined_bias(parts: Sequence[Sequence[nn.Linear]]) -> Tensor | None:

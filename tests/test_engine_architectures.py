@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from engine_helpers import CONTEXT, always_draft, assert_answers, greedy, make_engine, run, twin
 from helpers import VOCAB_SIZE, make_fused, make_model
+from ultrafuser.engine import few_rows
 from ultrafuser.engine.llama import LlamaStack, can_stack, is_llama_like
 from ultrafuser.engine.proof import Proof, ask_models, check_backbone
 from ultrafuser.engine.slots import SlotCache
@@ -92,6 +93,28 @@ def test_equals_of_a_llama_like_architecture_answer_as_the_plain_loop_in_a_stack
     assert [group.views for group in engine.runner.groups] == [[0, 1]]
     for request, heard in zip(REQUESTS, run(engine, *REQUESTS), strict=True):
         assert_answers(reference, request, heard)
+
+
+@pytest.mark.skipif(not few_rows.has_kernel(), reason=f"no kernel: {few_rows.why_missing()}")
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_pass_of_few_rows_is_that_of_torch(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Biases, normed heads and a window included; more rows than the kernels take go the other way anyway."""
+    more = WINDOW if kind == "mistral" else {"attention_bias": True} if kind == "llama" else {}
+    models = [make_any(kind, **more), make_any(kind, **more)]
+    for parameter in models[1].parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    stack = LlamaStack(models, length=64)
+    ids = torch.randint(5, 200, (2, 2, 7))
+    hidden = []
+    for has_kernel in (True, False):
+        monkeypatch.setattr(few_rows, "has_kernel", lambda told=has_kernel: told)
+        cache = SlotCache(2, 3, 64, stack.kv_heads, dtype=torch.float32, device=torch.device("cpu"))
+        stack.hidden(ids, torch.zeros(2, 2, dtype=torch.long), cache, [2, 0])
+        both = stack.hidden(ids[:, :, :3], torch.tensor([[7, 5], [4, 7]]), cache, [2, 0])
+        one = stack.hidden(ids[1:, :, :1], torch.tensor([[7, 8]]), cache, [2, 0], member=1)
+        hidden.append((both, one))
+    torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["bloom", "falcon", "gpt_neo", "mamba", "recurrent_gemma", "rwkv"])

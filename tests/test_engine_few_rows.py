@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+import torch.nn.functional as F
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ultrafuser.engine import few_rows
+from ultrafuser.engine import few_rows, native
+from ultrafuser.engine.slots import SlotCache, SlotView
 
 needs_kernel = pytest.mark.skipif(not few_rows.has_kernel(), reason=f"no kernel: {few_rows.why_missing()}")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -26,6 +30,7 @@ def draw(num_members: int, num_rows: int, num_in: int, num_out: int, dtype: torc
 
 
 @needs_kernel
+@settings(deadline=None)
 @given(
     num_members=st.integers(1, 4),
     num_rows=st.integers(0, 35),
@@ -153,5 +158,138 @@ def test_a_kept_library_that_is_broken_is_made_anew_for_this_process(tmp_path: P
 
 @needs_kernel
 def test_a_library_that_computes_something_else_is_not_used():
-    with pytest.raises(few_rows._MissingError, match=r"multiplies torch.float32 wrongly"):
-        few_rows._check(lambda *_: None)
+    with pytest.raises(native.MissingError, match=r"multiplies torch.float32 wrongly"):
+        native.check_product(lambda *_: None)
+
+
+# What stands between products
+
+
+@needs_kernel
+@settings(deadline=None)
+@given(
+    num_members=st.integers(1, 3),
+    num_rows=st.integers(1, 9),
+    size=st.integers(1, 70),
+    own_weights=st.booleans(),
+    has_more=st.booleans(),
+)
+def test_a_sum_and_its_norm_are_those_of_torch(
+    num_members: int, num_rows: int, size: int, own_weights: bool, has_more: bool
+):
+    torch.manual_seed(0)
+    x, more = torch.randn(2, num_members, num_rows, size)
+    weight = torch.randn(num_members if own_weights else 1, 1, 1, size)
+    wanted = x + 0.5 * more if has_more else x.clone()
+
+    y = few_rows.add_norm(x, more if has_more else None, weight, scale=0.5, eps=1e-5)
+
+    torch.testing.assert_close(x, wanted)
+    torch.testing.assert_close(y, F.rms_norm(wanted, (size,), None, 1e-5) * weight[:, 0])
+
+
+@needs_kernel
+@settings(deadline=None)
+@given(num_rows=st.integers(1, 9), size=st.integers(1, 40), factor=st.sampled_from([1e-3, 1.0, 30.0, 1e4]))
+def test_an_activation_is_that_of_torch(num_rows: int, size: int, factor: float):
+    torch.manual_seed(0)
+    both = torch.randn(2, num_rows, 2 * size) * factor
+    gate, up = both.double().chunk(2, dim=-1)
+    torch.testing.assert_close(few_rows.silu_mul(both).double(), F.silu(gate) * up, rtol=2e-6, atol=1e-25)
+
+
+@needs_kernel
+def test_numbers_that_are_none_stay_none():
+    nan = torch.full((1, 2, 24), torch.nan)
+    assert few_rows.silu_mul(nan).isnan().all()
+    assert few_rows.add_norm(nan.clone(), None, torch.ones(1, 24), scale=1.0, eps=1e-5).isnan().all()
+    assert few_rows.multiply(nan, torch.ones(1, 5, 24), 1).isnan().all()
+
+
+def read_by_hand(
+    qkv: torch.Tensor, cache: SlotCache, view: SlotView, cos: Any, sin: Any, heads: Any, window: int | None
+):
+    """Attention token by token, in double precision; the cache gets what is new."""
+    num_members, num_rows, _ = qkv.shape
+    num_q, num_kv, size = heads
+    y = torch.zeros(num_members, num_rows, num_q * size, dtype=torch.float64)
+    for r, (row, start) in enumerate(zip(view.row_ids.tolist(), view.starts.tolist(), strict=True)):
+        choice, member = divmod(r, num_members)
+        for t in range(view.num_new):
+            at, column = choice * view.num_new + t, start + t
+            parts = qkv[member, at].view(num_q + 2 * num_kv, size)
+            turned = parts * cos[column] + parts.roll(size // 2, -1) * sin[column]
+            cache.keys[0][row, :, column] = turned[num_q : num_q + num_kv]
+            cache.values[0][row, :, column] = parts[num_q + num_kv :]
+            first = 0 if window is None else max(0, column + 1 - window)
+            for q in range(num_q):
+                kv = q // (num_q // num_kv)
+                keys = cache.keys[0][row, kv, first : column + 1].double()
+                shares = (keys @ turned[q].double() / size**0.5).softmax(0)
+                read = shares @ cache.values[0][row, kv, first : column + 1].double()
+                y[member, at, q * size : (q + 1) * size] = read
+    return y
+
+
+@needs_kernel
+@settings(max_examples=60, deadline=None)
+@given(
+    num_members=st.integers(1, 3),
+    slots=st.permutations(range(3)).flatmap(lambda order: st.integers(1, 3).map(lambda n: order[:n])),
+    alone=st.booleans(),
+    num_new=st.integers(1, 5),
+    heads=st.sampled_from([(2, 2, 8), (4, 2, 16), (3, 1, 40), (6, 3, 64), (2, 1, 256)]),
+    window=st.sampled_from([None, 1, 3, 50]),
+    num_threads=st.integers(1, 3),
+    data=st.data(),
+)
+def test_attention_is_that_by_hand(
+    num_members: int, slots: list[int], alone: bool, num_new: int, heads: Any, window: Any, num_threads: int, data: Any
+):
+    torch.manual_seed(0)
+    length, (num_q, num_kv, size) = 40, heads
+    cache = SlotCache(num_members, 3, length, [(num_kv, size)], dtype=torch.float32, device=torch.device("cpu"))
+    cache.keys[0].normal_()
+    cache.values[0].normal_()
+    twin = copy.deepcopy(cache)
+    member, running = (num_members - 1, 1) if alone else (None, num_members)
+    starts = data.draw(st.lists(st.integers(0, 30), min_size=running * len(slots), max_size=running * len(slots)))
+    cos, sin = torch.randn(2, length, size)
+    qkv = torch.randn(running, len(slots) * num_new, (num_q + 2 * num_kv) * size)
+    view = SlotView(cache, slots, member, torch.tensor(starts), num_new)
+    options: Any = {"num_members": running, "num_heads": num_q, "num_kv_heads": num_kv, "window": window}
+
+    y = few_rows.Attend(view, cos, sin, num_threads=num_threads, **options)(0, qkv)
+
+    torch.testing.assert_close(y.double(), read_by_hand(qkv, twin, view, cos, sin, heads, window), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cache.keys[0], twin.keys[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(cache.values[0], twin.values[0])
+
+
+@needs_kernel
+def test_attention_beyond_a_slot_or_over_other_heads_is_refused():
+    cache = SlotCache(1, 1, 10, [(2, 8)], dtype=torch.float32, device=torch.device("cpu"))
+    options: Any = {"num_members": 1, "num_heads": 2, "num_kv_heads": 2, "window": None, "num_threads": 1}
+    tables = torch.zeros(2, 10, 8)
+    view = SlotView(cache, [0], None, torch.tensor([8]), 3)
+    with pytest.raises(ValueError, match="11 columns do not fit a slot of 10"):
+        few_rows.Attend(view, *tables, **options)
+    attend = few_rows.Attend(SlotView(cache, [0], None, torch.tensor([8]), 2), *tables, **options)
+    for shape in ((1, 2, 40), (1, 3, 48), (2, 2, 48)):
+        with pytest.raises(ValueError, match="are not what"):
+            attend(0, torch.zeros(shape))
+
+
+@needs_kernel
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_a_base_and_its_adapters_are_added_up(num_threads: int):
+    torch.manual_seed(0)
+    x, scales = torch.randn(3, 4, 20), torch.randn(3, 6)
+    down, base, ups = torch.randn(6, 20).half(), torch.randn(9, 20).half(), torch.randn(9, 6).half()
+    expected = x @ base.float().t() + (x @ down.float().t() * scales[:, None]) @ ups.float().t()
+
+    y = few_rows.multiply_adapted(x, down, scales, torch.cat([base, ups], dim=1), num_threads)
+
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="do not fit adapters"):
+        few_rows.multiply_adapted(x, down, scales, base, num_threads)

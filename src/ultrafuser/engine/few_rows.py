@@ -1,57 +1,42 @@
-"""A few rows times weights as fast as memory is read: `few_rows.c`, compiled by this machine's C compiler.
+"""A few rows through weights, norms, activations and attention, by our own kernels (`native.py`): a call each.
 
-That takes a second at first use; the library is kept in the user's cache folder, under a name made of the source, the
-options and the processor. Where there is no compiler, no such processor, or what was compiled computes something else,
-products are torch's (`weights.py`), which read with fewer bytes a second and cost more the more rows there are. The
-environment variable ULTRAFUSER_KERNEL=0 leaves it out.
+Products are then as fast as memory is read; what stands between them costs next to nothing, where torch's operations
+take more time than the arithmetic. All in fp32 on the CPU; what a row becomes is the same to the bit whatever other
+rows there are and however many threads.
 
-Shapes: G specialists, M rows, I inputs, O outputs.
+Shapes: G specialists, M rows of each, I inputs, O outputs, H hidden size, F inner size, B choices, T new tokens,
+Q query heads, K key-value heads, D head size.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ultrafuser.engine.native import KINDS, Attention, kernels
+from ultrafuser.engine.slots import SlotView
+
 MOST_ROWS = 32  # above that arithmetic is what costs, and torch's own products do it better
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SOURCE = Path(__file__).with_name("few_rows.c")
-_OPTIONS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
-_COMPILERS = ("gcc", "cc", "clang")
-_TIMEOUT = 60.0  # seconds
-_LOG = logging.getLogger(__name__)
-
-
-class _MissingError(Exception):
-    """Why there is no kernel, in words that end a sentence."""
+_LANES = 8
+_LARGEST_HEAD = 256
 
 
 def has_kernel() -> bool:
-    """Whether the kernel can be used; compiles it where that was not done yet."""
-    return _kernel().call is not None
+    """Whether there are kernels; compiles them where that was not done yet. Not while torch traces for a compiler."""
+    return kernels().few_rows is not None and not torch.compiler.is_compiling()
 
 
 def why_missing() -> str:
-    """Why there is no kernel, or an empty text."""
-    return _kernel().reason
+    """Why there are none, or an empty text."""
+    return kernels().reason
 
 
 def multiply(x: Float[Tensor, "G M I"], weight: Float[Tensor, "G O I"], num_threads: int) -> Float[Tensor, "G M O"]:
-    """Rows times weights, in fp32; a sum is the same to the bit whatever M, G and `num_threads` are.
+    """Rows times weights, in fp32.
 
     Args:
         x: In fp32.
@@ -64,116 +49,195 @@ def multiply(x: Float[Tensor, "G M I"], weight: Float[Tensor, "G O I"], num_thre
     num_members, num_rows, num_in = x.shape
     num_out = weight.shape[1]
     fits = weight.shape == (num_members, num_out, num_in) and weight.is_contiguous()
-    known = x.dtype == torch.float32 and weight.dtype in _KINDS and x.device.type == weight.device.type == "cpu"
+    known = x.dtype == torch.float32 and weight.dtype in KINDS and x.device.type == weight.device.type == "cpu"
     if not (fits and known):
         raise ValueError(
             f"rows {tuple(x.shape)} of {x.dtype} and weights {tuple(weight.shape)} of {weight.dtype} do not fit, or lie"
             " in memory in other ways than the kernel reads"
         )
-    call, reason = _kernel()
-    if call is None:
-        raise ValueError(f"there is no kernel: {reason}")
     x = x.contiguous()
     y = torch.empty((num_members, num_rows, num_out))
-    kind = _KINDS[weight.dtype]
-    call(x.data_ptr(), weight.data_ptr(), y.data_ptr(), num_members, num_rows, num_in, num_out, kind, num_threads)
+    kind = KINDS[weight.dtype]
+    kernels().few_rows(
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), num_members, num_rows, num_in, num_out, kind, num_threads
+    )
     return y
 
 
-class _Kernel(NamedTuple):
-    """The function in the library, or why there is none."""
+def multiply_adapted(
+    x: Float[Tensor, "G M I"],
+    down: Float[Tensor, "R I"],
+    scales: Float[Tensor, "G R"],
+    matrix: Float[Tensor, "O IR"],
+    num_threads: int,
+) -> Float[Tensor, "G M O"]:
+    """`matrix` times rows and, as further inputs, `scales` times `down` times rows; R ranks, and I + R are IR.
 
-    call: Callable[..., None] | None
-    reason: str = ""
+    Args:
+        x: In fp32, as scales are.
+        down, matrix: In fp16.
+        scales: Zero for the ranks of other members.
+        num_threads: Of torch.
 
-
-@cache
-def _kernel() -> _Kernel:
-    try:
-        call = _loaded()
-        _check(call)
-    except _MissingError as error:
-        _LOG.info("a few rows are multiplied by torch's own kernels: %s", error)
-        return _Kernel(None, str(error))
-    return _Kernel(call)
-
-
-def _loaded() -> Callable[..., None]:
-    if os.environ.get("ULTRAFUSER_KERNEL") == "0":
-        raise _MissingError("ULTRAFUSER_KERNEL=0 leaves it out")
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        raise _MissingError(f"it is for Linux on x86-64, and this is {platform.system()} on {platform.machine()}")
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        raise _MissingError("the processor has no AVX2")
-    before = _openmp_libraries()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ultrafuser"
-    file = folder / f"few_rows-{_fingerprint()}.so"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not file.exists():
-            _compile(file)
-        library: Any = ctypes.CDLL(str(file))
-    except OSError as error:  # a folder that may not be written to, or from which nothing may be loaded
-        _LOG.info("%s cannot be used: %s", file, error)
-        with tempfile.TemporaryDirectory() as place:
-            _compile(Path(place, file.name))
-            try:
-                library = ctypes.CDLL(str(Path(place, file.name)))
-            except OSError as another:
-                raise _MissingError(f"the compiled library cannot be loaded: {another}") from another
-    if more := _openmp_libraries() - before:
-        raise _MissingError(f"its threads would be others than torch's: {', '.join(sorted(more))}")
-    call: Any = library.ultrafuser_few_rows
-    call.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 4, *[ctypes.c_int] * 2]
-    call.restype = None
-    return call  # type: ignore[no-any-return]
+    Raises:
+        ValueError: Shapes or types do not fit.
+    """
+    num_members, num_rows, num_in = x.shape
+    num_ranks, num_out = len(down), len(matrix)
+    shapes = (down.shape, scales.shape, matrix.shape)
+    if shapes != ((num_ranks, num_in), (num_members, num_ranks), (num_out, num_in + num_ranks)):
+        raise ValueError(f"rows {tuple(x.shape)} do not fit adapters of {', '.join(str(tuple(s)) for s in shapes)}")
+    x, scales = x.contiguous(), scales.contiguous()
+    _check((x, scales))
+    _check((down, matrix), torch.float16)
+    y = torch.empty((num_members, num_rows, num_out))
+    room = torch.empty(num_members * num_rows * (num_in + 2 * num_ranks))
+    lowered = room.data_ptr()
+    kernels().adapted(
+        x.data_ptr(),
+        down.data_ptr(),
+        scales.data_ptr(),
+        matrix.data_ptr(),
+        lowered,
+        lowered + 4 * num_members * num_rows * num_ranks,
+        y.data_ptr(),
+        num_members,
+        num_rows,
+        num_in,
+        num_ranks,
+        num_out,
+        num_threads,
+    )
+    return y
 
 
-def _compile(file: Path) -> None:
-    """Compile the source to a library, which is there whole or not at all."""
-    compiler = os.environ.get("CC") or next(filter(shutil.which, _COMPILERS), None)
-    if compiler is None:
-        raise _MissingError("there is no C compiler (install gcc)")
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as partial:
-        pass
-    try:
-        command = [*compiler.split(), *_OPTIONS, "-o", partial.name, str(_SOURCE)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise _MissingError(f"{compiler} ends with {done.returncode}: {last}")
-        Path(partial.name).replace(file)
-    except FileNotFoundError as error:
-        raise _MissingError(f"the C compiler {compiler!r} cannot be started") from error
-    except subprocess.TimeoutExpired as error:
-        raise _MissingError(f"{compiler} takes more than {_TIMEOUT:.0f} s") from error
-    finally:
-        Path(partial.name).unlink(missing_ok=True)
+def add_norm(
+    x: Float[Tensor, "G M H"], more: Float[Tensor, "G M H"] | None, weight: Tensor, *, scale: float, eps: float
+) -> Float[Tensor, "G M H"]:
+    """Add `scale` times `more` to `x`, in place, and give its RMS norm times weights [G or 1, ..., H].
+
+    Raises:
+        ValueError: Shapes or types do not fit.
+    """
+    num_members, num_rows, size = x.shape
+    _check((x,) if more is None else (x, more.view(x.shape)))
+    if weight.shape[-1] != size or len(weight) not in (1, num_members) or weight.numel() != len(weight) * size:
+        raise ValueError(f"a norm's weights {tuple(weight.shape)} do not fit rows {tuple(x.shape)}")
+    _check((weight,))
+    y = torch.empty_like(x)
+    kernels().add_norm(
+        x.data_ptr(),
+        None if more is None else more.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        num_members,
+        num_rows,
+        size,
+        len(weight),
+        scale,
+        eps,
+    )
+    return y
 
 
-def _check(call: Callable[..., None]) -> None:
-    """Compare with torch, so that a compiler's fault costs time and no answers."""
-    generator = torch.Generator().manual_seed(0)
-    for dtype, kind in _KINDS.items():
-        for num_rows, num_in, num_out in ((1, 24, 8), (3, 13, 6), (7, 40, 9)):
-            x = torch.randn((2, num_rows, num_in), generator=generator)
-            weight = torch.randn((2, num_out, num_in), generator=generator).to(dtype)
-            y = torch.empty((2, num_rows, num_out))
-            call(x.data_ptr(), weight.data_ptr(), y.data_ptr(), 2, num_rows, num_in, num_out, kind, 1)
-            if not torch.allclose(y, torch.bmm(x, weight.float().transpose(1, 2)), rtol=1e-4, atol=1e-4):
-                raise _MissingError(f"what the compiler made of it multiplies {dtype} wrongly")
+def silu_mul(gate_up: Float[Tensor, "G M FF"]) -> Float[Tensor, "G M F"]:
+    """silu(gate) * up, of rows that hold both side by side.
+
+    Raises:
+        ValueError: An odd number of columns, or another type than fp32.
+    """
+    num_members, num_rows, both = gate_up.shape
+    if both % 2:
+        raise ValueError(f"rows of {both} columns cannot be halved")
+    _check((gate_up,))
+    y = torch.empty((num_members, num_rows, both // 2))
+    kernels().silu_mul(gate_up.data_ptr(), y.data_ptr(), num_members * num_rows, both // 2)
+    return y
 
 
-def _fingerprint() -> str:
-    """Of the source, the options, and what -march=native depends on."""
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    wanted = ("vendor_id", "cpu family", "model", "flags")
-    lines = [line for line in text.split("\n\n")[0].splitlines() if line.split("\t")[0].strip() in wanted]
-    parts = (_SOURCE.read_text(encoding="utf-8"), *_OPTIONS, os.environ.get("CC", ""), *lines)
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+def can_attend(view: SlotView, num_heads: int, num_kv_heads: int, size: int) -> bool:
+    """Whether `Attend` knows heads of this size and rows of this view."""
+    return view.starts is not None and not size % _LANES and size <= _LARGEST_HEAD and not num_heads % num_kv_heads
 
 
-def _openmp_libraries() -> set[str]:
-    """Files of OpenMP's runtime that are loaded."""
-    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()}
-    return {path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))}
+class Attend:
+    """Attention of one forward, a call a layer: new keys and values join the cache, then queries read it.
+
+    Args:
+        view: Rows of the cache.
+        cosines, sines: [positions, D], the sine with the sign of the rotation.
+        num_members: G that run.
+        num_heads, num_kv_heads: Q and K.
+        window: Columns that a token sees, itself included; None for all.
+        num_threads: Of torch.
+
+    Raises:
+        ValueError: A row would be written or read beyond its slot or the tables.
+    """
+
+    def __init__(
+        self,
+        view: SlotView,
+        cosines: Tensor,
+        sines: Tensor,
+        *,
+        num_members: int,
+        num_heads: int,
+        num_kv_heads: int,
+        window: int | None,
+        num_threads: int,
+    ) -> None:
+        if view.starts is None:
+            raise ValueError("the rows of this view are not known beforehand")
+        self.view, self.num_threads = view, num_threads
+        self.num_heads, self.num_kv_heads, self.size = num_heads, num_kv_heads, cosines.shape[-1]
+        length = view.cache.length
+        if view.stop > min(length, len(cosines)) or len(view.row_ids) % num_members:
+            raise ValueError(f"{view.stop} columns do not fit a slot of {length} and tables of {len(cosines)}")
+        _check((cosines, sines))
+        self.rows, self.starts = view.row_ids.contiguous(), view.starts.contiguous()
+        self.scores = torch.empty((num_threads, length + _LANES))
+        self.num_rows = len(self.rows) // num_members * view.num_new  # of each member
+        self.num_members = num_members
+        self._held = (cosines, sines)
+        self._call: Callable[..., None] = kernels().attend
+        self._arguments = Attention(
+            cosines=cosines.data_ptr(),
+            sines=sines.data_ptr(),
+            rows=self.rows.data_ptr(),
+            starts=self.starts.data_ptr(),
+            scores=self.scores.data_ptr(),
+            num_members=num_members,
+            num_choices=len(self.rows) // num_members,
+            num_new=view.num_new,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            size=self.size,
+            length=length,
+            window=window or 0,
+        )
+        self._by_reference = ctypes.byref(self._arguments)
+
+    def __call__(self, layer: int, qkv: Float[Tensor, "G M _"]) -> Float[Tensor, "G M _"]:
+        """Queries, keys and values [G, B * T, (Q + 2 K) * D] of a layer to what is read [G, B * T, Q * D].
+
+        Raises:
+            ValueError: Shapes or types do not fit.
+        """
+        keys, values = self.view.cache.keys[layer], self.view.cache.values[layer]
+        wanted = (self.num_members, self.num_rows, (self.num_heads + 2 * self.num_kv_heads) * self.size)
+        if qkv.shape != wanted or keys.shape[1:] != (self.num_kv_heads, self.view.cache.length, self.size):
+            raise ValueError(f"{tuple(qkv.shape)} and a cache {tuple(keys.shape)} are not what {wanted} are read from")
+        _check((qkv, keys, values))
+        y = torch.empty((self.num_members, self.num_rows, self.num_heads * self.size))
+        arguments = self._arguments
+        arguments.qkv, arguments.y = qkv.data_ptr(), y.data_ptr()
+        arguments.keys, arguments.values = keys.data_ptr(), values.data_ptr()
+        self._call(self._by_reference, self.num_threads)
+        return y
+
+
+def _check(tensors: tuple[Tensor, ...], dtype: torch.dtype = torch.float32) -> None:
+    for tensor in tensors:
+        if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise ValueError(f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device} is no {dtype} in one piece")

@@ -60,10 +60,11 @@ class Fp16Matrix:
             raise ConfigError("a weight is too large for fp16: use exact weights")
         self.num_bytes = 2 * values.numel()
         self.bias = bias.detach().float() if bias is not None else None
+        self.weight: Tensor | None = None  # [O, I] times the scale, where it is our own kernel that multiplies
         self._packed: Any
         self._multiply: Any
         if few_rows.has_kernel():
-            self._packed = (values / self.scale).half()
+            self._packed = self.weight = (values / self.scale).half()
             self._multiply = partial(multiply_16_bit, num_threads=num_threads)
         elif num_threads == 1 and _has_plain_call():
             self._multiply = _plain

@@ -37,7 +37,7 @@ class StaticView(SlotView):
         self.cache = cache
         self.rows = slice(0, len(starts))
         self.row_ids = torch.arange(len(starts), device=starts.device)
-        self.num_new = num_new
+        self.num_new, self.starts = num_new, None
         self.positions = starts[:, None] + torch.arange(num_new, device=starts.device)
         self.stop = num_columns
         self.single = None

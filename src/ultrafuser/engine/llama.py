@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ultrafuser.engine import few_rows
 from ultrafuser.engine.slots import SlotCache, SlotView
 from ultrafuser.engine.weights import AnyFormat, Product, compute_type, make_product
 
@@ -78,7 +79,7 @@ class LlamaStack:
         config = models[0].config
         bases: list[Any] = [model.base_model for model in models]
         layers: list[list[Any]] = [list(base.layers) for base in bases]
-        self.num_members = len(models)
+        self.num_members, self.num_threads = len(models), num_threads
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
@@ -170,6 +171,8 @@ class LlamaStack:
     def run(self, ids: Int[Tensor, "G B T"], view: SlotView, member: int | None = None) -> Float[Tensor, "G B T H"]:
         """As `hidden`, over rows of a cache that are chosen already."""
         num_members, num_choices, num_new = ids.shape
+        if self._has_few_rows(num_choices * num_new, view):
+            return self._run_few_rows(ids, view, member)
         step = _Step(view, view.places(self.num_kv_heads), self._mask(view), *self._turns(view))
         x = self._embed(ids, member).to(self.compute_dtype)
         shape = (num_members, num_choices * num_new, -1)
@@ -182,6 +185,58 @@ class LlamaStack:
             h = self.down[layer](F.silu(gate) * up, member)
             x = torch.add(x, h.view_as(x), alpha=self.down[layer].scale)
         return self._norm(x, self.norm_out, member)
+
+    def _has_few_rows(self, num_rows: int, view: SlotView) -> bool:
+        """Whether our own kernels do it all."""
+        return (
+            self.device.type == "cpu"
+            and self.compute_dtype == torch.float32
+            and num_rows <= few_rows.MOST_ROWS
+            and few_rows.has_kernel()
+            and few_rows.can_attend(view, self.num_heads, self.num_kv_heads, self.head_size)
+        )
+
+    def _run_few_rows(self, ids: Int[Tensor, "G B T"], view: SlotView, member: int | None) -> Float[Tensor, "G B T H"]:
+        """As `run`, by our own kernels."""
+        num_members, num_choices, num_new = ids.shape
+        attend = few_rows.Attend(
+            view,
+            self.cos,
+            self.sin,
+            num_members=num_members,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            window=self.window,
+            num_threads=self.num_threads,
+        )
+        x = self._embed(ids, member).to(self.compute_dtype).view(num_members, num_choices * num_new, -1)
+
+        def add_norm(x: Tensor, more: Tensor | None, scale: float, weight: Tensor) -> Tensor:
+            own = weight if member is None or len(weight) == 1 else weight[member : member + 1]
+            return few_rows.add_norm(x, more, own, scale=scale, eps=self.eps_value)
+
+        h = add_norm(x, None, 1.0, self.norm_in[0])
+        for layer, after in enumerate([*self.norm_in[1:], self.norm_out]):
+            qkv = self.qkv[layer](h, member)
+            if self.norm_q is not None and self.norm_k is not None:
+                heads = torch.split(
+                    qkv.view(num_members, -1, self.num_heads + 2 * self.num_kv_heads, self.head_size),
+                    [self.num_heads, self.num_kv_heads, self.num_kv_heads],
+                    dim=2,
+                )
+                # [G, M, heads, D]
+                normed = [
+                    add_norm(part.contiguous().view(num_members, -1, self.head_size), None, 1.0, weight[layer]).view_as(
+                        part
+                    )
+                    for part, weight in zip(heads, (self.norm_q, self.norm_k), strict=False)
+                ]
+                qkv = torch.cat([*normed, heads[2]], dim=2).flatten(2)
+            h = self.out[layer](attend(layer, qkv), member)
+            h = add_norm(x, h, self.out[layer].scale, self.norm_mlp[layer])
+            h = self.down[layer](few_rows.silu_mul(self.gate_up[layer](h, member)), member)
+            h = add_norm(x, h, self.down[layer].scale, after)
+        return h.view(*ids.shape, -1)
 
     def logits(self, hidden: Float[Tensor, "G M H"], member: int | None = None) -> Float[Tensor, "G M V"]:
         """Logits of all members, or of one."""

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ultrafuser.engine.few_rows import MOST_ROWS, multiply_adapted
 from ultrafuser.engine.fp16 import Fp16Matrix, keeps_values
 from ultrafuser.engine.reduced import joined
 from ultrafuser.engine.weights import AnyFormat
@@ -135,6 +136,7 @@ class JoinedFp16:
     is_copy = True
 
     def __init__(self, parts: Sequence[Sequence[Any]], ranks: Ranks, *, num_threads: int) -> None:
+        self.num_threads = num_threads
         self.down = Fp16Matrix(
             torch.cat([linear.weight.detach().float() for linear in ranks.downs]), num_threads=1, is_scaled=True
         )
@@ -159,6 +161,9 @@ class JoinedFp16:
         """[G, M, I] to [G, M, O], still to be multiplied by `scale`; with `member` both have one specialist."""
         scales = self.scales if member is None else self.scales[member : member + 1]
         num_members, num_rows, num_in = x.shape
+        if self.matrix.weight is not None and self.down.weight is not None and num_members * num_rows <= MOST_ROWS:
+            y = multiply_adapted(x, self.down.weight, scales, self.matrix.weight, self.num_threads)
+            return y if self.bias is None else y.add_(self.bias)
         rows = x.reshape(num_members * num_rows, num_in)
         lowered = self.down.unscaled(rows)
         lowered.view(num_members, num_rows, -1).mul_(scales[:, None])

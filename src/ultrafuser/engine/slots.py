@@ -93,6 +93,7 @@ class SlotView:
             self.row_ids = (base[:, None] + members).flatten()
             self.rows = self.row_ids
         self.num_new = num_new
+        self.starts: Tensor | None = starts  # None where one forward is repeated for others
         self.positions = starts[:, None] + torch.arange(num_new, device=device)  # [R, T]
         self.stop = int(starts.max()) + num_new
         self.single = int(starts[0]) if len(starts) == 1 else None

@@ -1,0 +1,171 @@
+"""Our own kernels for a few rows, in C (`native.c`), compiled by this machine's C compiler at first use.
+
+That takes a second or two; the library is kept in the user's cache folder, under a name made of the source, the options
+and the processor. Where there is no compiler, no such processor, or what was compiled computes something else, torch's
+own operations do the same more slowly. The environment variable ULTRAFUSER_KERNEL=0 leaves the kernels out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of weights
+_SOURCE = Path(__file__).with_name("native.c")
+_OPTIONS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_COMPILERS = ("gcc", "cc", "clang")
+_TIMEOUT = 60.0  # seconds
+_LOG = logging.getLogger(__name__)
+
+
+class Attention(ctypes.Structure):
+    """`struct attention` of the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("qkv", "cosines", "sines", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("rows", "starts", "y", "scores")),
+        *((name, ctypes.c_long) for name in ("num_members", "num_choices", "num_new")),
+        *((name, ctypes.c_long) for name in ("num_heads", "num_kv_heads", "size", "length", "window")),
+    ]
+
+
+class Kernels(NamedTuple):
+    """The functions of the library, or why there are none."""
+
+    few_rows: Any = None
+    adapted: Any = None
+    add_norm: Any = None
+    silu_mul: Any = None
+    attend: Any = None
+    reason: str = ""
+
+
+class MissingError(Exception):
+    """Why there are no kernels, in words that end a sentence."""
+
+
+@cache
+def kernels() -> Kernels:
+    """The kernels; compiles them where that was not done yet."""
+    try:
+        found = _bound(_loaded())
+        check_product(found.few_rows)
+    except MissingError as error:
+        _LOG.info("a few rows are multiplied by torch's own kernels: %s", error)
+        return Kernels(reason=str(error))
+    return found
+
+
+def check_product(few_rows: Any) -> None:
+    """Compare with torch, so that a compiler's fault costs time and no answers.
+
+    Raises:
+        MissingError: The products of a type of weights are others.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for dtype, kind in KINDS.items():
+        for num_rows, num_in, num_out in ((1, 24, 8), (3, 13, 6), (7, 40, 9)):
+            x = torch.randn((2, num_rows, num_in), generator=generator)
+            weight = torch.randn((2, num_out, num_in), generator=generator).to(dtype)
+            y = torch.empty((2, num_rows, num_out))
+            few_rows(x.data_ptr(), weight.data_ptr(), y.data_ptr(), 2, num_rows, num_in, num_out, kind, 1)
+            if not torch.allclose(y, torch.bmm(x, weight.float().transpose(1, 2)), rtol=1e-4, atol=1e-4):
+                raise MissingError(f"what the compiler made of it multiplies {dtype} wrongly")
+
+
+def _loaded() -> Any:
+    if os.environ.get("ULTRAFUSER_KERNEL") == "0":
+        raise MissingError("ULTRAFUSER_KERNEL=0 leaves it out")
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        raise MissingError(f"it is for Linux on x86-64, and this is {platform.system()} on {platform.machine()}")
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        raise MissingError("the processor has no AVX2")
+    before = _openmp_libraries()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ultrafuser"
+    file = folder / f"native-{_fingerprint()}.so"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not file.exists():
+            _compile(file)
+        library = ctypes.CDLL(str(file))
+    except OSError as error:  # a folder that may not be written to, or from which nothing may be loaded
+        _LOG.info("%s cannot be used: %s", file, error)
+        library = _load_for_now(file.name)
+    if more := _openmp_libraries() - before:
+        raise MissingError(f"its threads would be others than torch's: {', '.join(sorted(more))}")
+    return library
+
+
+def _load_for_now(name: str) -> Any:
+    """A library that goes with this process."""
+    with tempfile.TemporaryDirectory() as place:
+        _compile(Path(place, name))
+        try:
+            return ctypes.CDLL(str(Path(place, name)))
+        except OSError as error:
+            raise MissingError(f"the compiled library cannot be loaded: {error}") from error
+
+
+def _compile(file: Path) -> None:
+    """Compile the source to a library, which is there whole or not at all."""
+    compiler = os.environ.get("CC") or next(filter(shutil.which, _COMPILERS), None)
+    if compiler is None:
+        raise MissingError("there is no C compiler (install gcc)")
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as partial:
+        pass
+    try:
+        command = [*compiler.split(), *_OPTIONS, "-o", partial.name, str(_SOURCE)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise MissingError(f"{compiler} ends with {done.returncode}: {last}")
+        Path(partial.name).replace(file)
+    except FileNotFoundError as error:
+        raise MissingError(f"the C compiler {compiler!r} cannot be started") from error
+    except subprocess.TimeoutExpired as error:
+        raise MissingError(f"{compiler} takes more than {_TIMEOUT:.0f} s") from error
+    finally:
+        Path(partial.name).unlink(missing_ok=True)
+
+
+def _bound(library: Any) -> Kernels:
+    """The functions with the types of their arguments."""
+    pointer, whole, number, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+    types = {
+        "few_rows": [*[pointer] * 3, *[whole] * 4, *[number] * 2],
+        "adapted": [*[pointer] * 7, *[whole] * 5, number],
+        "add_norm": [*[pointer] * 4, *[whole] * 4, *[real] * 2],
+        "silu_mul": [*[pointer] * 2, *[whole] * 2],
+        "attend": [ctypes.POINTER(Attention), number],
+    }
+    functions = {}
+    for name, arguments in types.items():
+        functions[name] = getattr(library, f"ultrafuser_{name}")
+        functions[name].argtypes, functions[name].restype = arguments, None
+    return Kernels(**functions)
+
+
+def _fingerprint() -> str:
+    """Of the source, the options, and what -march=native depends on."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    wanted = ("vendor_id", "cpu family", "model", "flags")
+    lines = [line for line in text.split("\n\n")[0].splitlines() if line.split("\t")[0].strip() in wanted]
+    parts = (_SOURCE.read_text(encoding="utf-8"), *_OPTIONS, os.environ.get("CC", ""), *lines)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _openmp_libraries() -> set[str]:
+    """Files of OpenMP's runtime that are loaded."""
+    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()}
+    return {path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))}

@@ -38,6 +38,7 @@ def bench(
     from rich.table import Table
 
     from ultrafuser.engine.bench import as_rows, bench_model, read_bandwidth
+    from ultrafuser.engine.few_rows import why_missing
     from ultrafuser.files import write_text_atomically
     from ultrafuser.model.load import LoadOptions
 
@@ -49,7 +50,11 @@ def bench(
     ):
         timings.append(timing)
         console.print(f"{timing.name}, {timing.batch} at once: {timing.ms_per_token:.1f} ms/token", highlight=False)
-    table = Table(caption=f"memory is read at {ceiling:.1f} GB/s; quality: nats per token more than exact weights")
+    reason = why_missing()
+    kernel = f"torch's kernels: {reason}" if reason else "our own kernels for few rows"
+    table = Table(
+        caption=f"memory is read at {ceiling:.1f} GB/s; {kernel}; quality: nats per token more than exact weights"
+    )
     for column in ("engine", "at once", "ms/token", "tokens/s", "tokens/pass", "GB/s", "of ceiling", "quality"):
         table.add_column(column, justify="left" if column == "engine" else "right", no_wrap=column == "engine")
     for t in timings:
@@ -59,5 +64,5 @@ def bench(
         table.add_row(t.name, str(t.batch), *row, *rate, loss)
     Console().print(table)
     if json_file is not None:
-        report = {"model": model, "read_bandwidth_gb_per_s": ceiling, "timings": as_rows(timings)}
+        report = {"model": model, "read_bandwidth_gb_per_s": ceiling, "kernels": kernel, "timings": as_rows(timings)}
         write_text_atomically(json.dumps(report, indent=1) + "\n", json_file)

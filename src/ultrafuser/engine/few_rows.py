@@ -26,8 +26,13 @@ _LARGEST_HEAD = 256
 
 
 def has_kernel() -> bool:
-    """Whether there are kernels; compiles them where that was not done yet. Not while torch traces for a compiler."""
-    return kernels().few_rows is not None and not torch.compiler.is_compiling()
+    """Whether there are kernels; compiles them where that was not done yet."""
+    return kernels().few_rows is not None
+
+
+def are_few(num_rows: int) -> bool:
+    """Whether the kernels, where there are any, take so many rows now: not while torch traces for a compiler."""
+    return num_rows <= MOST_ROWS and not torch.compiler.is_compiling()
 
 
 def why_missing() -> str:

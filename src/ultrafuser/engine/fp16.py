@@ -92,7 +92,7 @@ def multiply_16_bit(x: Float[Tensor, "M I"], weight: Float[Tensor, "O I"], *, nu
 
     A block stays in the processor's cache, so reading it back costs next to nothing.
     """
-    if len(x) <= few_rows.MOST_ROWS:
+    if few_rows.are_few(len(x)):
         return few_rows.multiply(x[None], weight[None], num_threads)[0]
     y = x.new_empty((len(x), len(weight)))
     block = x.new_empty((min(_BLOCK, len(weight)), weight.shape[1]))

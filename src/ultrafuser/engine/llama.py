@@ -191,7 +191,7 @@ class LlamaStack:
         return (
             self.device.type == "cpu"
             and self.compute_dtype == torch.float32
-            and num_rows <= few_rows.MOST_ROWS
+            and few_rows.are_few(num_rows)
             and few_rows.has_kernel()
             and few_rows.can_attend(view, self.num_heads, self.num_kv_heads, self.head_size)
         )

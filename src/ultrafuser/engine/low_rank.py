@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ultrafuser.engine.few_rows import MOST_ROWS, multiply_adapted
+from ultrafuser.engine.few_rows import are_few, multiply_adapted
 from ultrafuser.engine.fp16 import Fp16Matrix, keeps_values
 from ultrafuser.engine.reduced import joined
 from ultrafuser.engine.weights import AnyFormat
@@ -161,7 +161,7 @@ class JoinedFp16:
         """[G, M, I] to [G, M, O], still to be multiplied by `scale`; with `member` both have one specialist."""
         scales = self.scales if member is None else self.scales[member : member + 1]
         num_members, num_rows, num_in = x.shape
-        if self.matrix.weight is not None and self.down.weight is not None and num_members * num_rows <= MOST_ROWS:
+        if self.matrix.weight is not None and self.down.weight is not None and are_few(num_members * num_rows):
             y = multiply_adapted(x, self.down.weight, scales, self.matrix.weight, self.num_threads)
             return y if self.bias is None else y.add_(self.bias)
         rows = x.reshape(num_members * num_rows, num_in)

@@ -89,7 +89,7 @@ class ExactProduct:
 
     def __call__(self, x: Tensor, member: int | None = None) -> Tensor:
         weight = self.weight if member is None else self.weight[member : member + 1]
-        if self.has_kernel and x.shape[1] <= few_rows.MOST_ROWS:
+        if self.has_kernel and few_rows.are_few(x.shape[1]):
             y = few_rows.multiply(x, weight, self.num_threads)
         elif self.is_cut and x.shape[1] <= _FEW_ROWS:
             y = _product_in_parts(x, weight, self.num_parts, most_on_right=self.most_on_right)

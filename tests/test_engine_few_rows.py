@@ -179,13 +179,13 @@ def test_a_sum_and_its_norm_are_those_of_torch(
 ):
     torch.manual_seed(0)
     x, more = torch.randn(2, num_members, num_rows, size)
-    weight = torch.randn(num_members if own_weights else 1, 1, 1, size)
+    weight = torch.randn(num_members if own_weights else 1, 1, size)
     wanted = x + 0.5 * more if has_more else x.clone()
 
-    y = few_rows.add_norm(x, more if has_more else None, weight, scale=0.5, eps=1e-5)
+    y = few_rows.add_norm(x, more if has_more else None, weight, scale=0.5, eps=1e-5, num_threads=2)
 
     torch.testing.assert_close(x, wanted)
-    torch.testing.assert_close(y, F.rms_norm(wanted, (size,), None, 1e-5) * weight[:, 0])
+    torch.testing.assert_close(y, F.rms_norm(wanted, (size,), None, 1e-5) * weight)
 
 
 @needs_kernel
@@ -195,14 +195,16 @@ def test_an_activation_is_that_of_torch(num_rows: int, size: int, factor: float)
     torch.manual_seed(0)
     both = torch.randn(2, num_rows, 2 * size) * factor
     gate, up = both.double().chunk(2, dim=-1)
-    torch.testing.assert_close(few_rows.silu_mul(both).double(), F.silu(gate) * up, rtol=2e-6, atol=1e-25)
+    torch.testing.assert_close(
+        few_rows.silu_mul(both, num_threads=2).double(), F.silu(gate) * up, rtol=2e-6, atol=1e-25
+    )
 
 
 @needs_kernel
 def test_numbers_that_are_none_stay_none():
     nan = torch.full((1, 2, 24), torch.nan)
-    assert few_rows.silu_mul(nan).isnan().all()
-    assert few_rows.add_norm(nan.clone(), None, torch.ones(1, 24), scale=1.0, eps=1e-5).isnan().all()
+    assert few_rows.silu_mul(nan, num_threads=1).isnan().all()
+    assert few_rows.add_norm(nan.clone(), None, torch.ones(1, 1, 24), scale=1.0, eps=1e-5, num_threads=2).isnan().all()
     assert few_rows.multiply(nan, torch.ones(1, 5, 24), 1).isnan().all()
 
 
@@ -293,3 +295,9 @@ def test_a_base_and_its_adapters_are_added_up(num_threads: int):
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="do not fit adapters"):
         few_rows.multiply_adapted(x, down, scales, base, num_threads)
+
+
+def test_a_buffer_in_large_pages_is_an_ordinary_one():
+    for shape in ((0,), (3, 5), (3, 1 << 20)):
+        buffer = native.in_large_pages(torch.empty(shape))
+        assert torch.equal(buffer.fill_(2.0), torch.full(shape, 2.0))

@@ -117,16 +117,24 @@ def multiply_adapted(
 
 
 def add_norm(
-    x: Float[Tensor, "G M H"], more: Float[Tensor, "G M H"] | None, weight: Tensor, *, scale: float, eps: float
+    x: Float[Tensor, "G M H"],
+    more: Float[Tensor, "G M H"] | None,
+    weight: Float[Tensor, "_ 1 H"],
+    *,
+    scale: float,
+    eps: float,
+    num_threads: int,
 ) -> Float[Tensor, "G M H"]:
-    """Add `scale` times `more` to `x`, in place, and give its RMS norm times weights [G or 1, ..., H].
+    """Add `scale` times `more` to `x`, in place, and give its RMS norm times weights of all or one; any number of rows.
 
     Raises:
         ValueError: Shapes or types do not fit.
     """
     num_members, num_rows, size = x.shape
-    _check((x,) if more is None else (x, more.view(x.shape)))
-    if weight.shape[-1] != size or len(weight) not in (1, num_members) or weight.numel() != len(weight) * size:
+    if more is not None and more.shape != x.shape:
+        raise ValueError(f"rows {tuple(x.shape)} and {tuple(more.shape)} cannot be added")
+    _check((x,) if more is None else (x, more))
+    if weight.shape not in ((1, 1, size), (num_members, 1, size)):
         raise ValueError(f"a norm's weights {tuple(weight.shape)} do not fit rows {tuple(x.shape)}")
     _check((weight,))
     y = torch.empty_like(x)
@@ -141,12 +149,13 @@ def add_norm(
         len(weight),
         scale,
         eps,
+        num_threads,
     )
     return y
 
 
-def silu_mul(gate_up: Float[Tensor, "G M FF"]) -> Float[Tensor, "G M F"]:
-    """silu(gate) * up, of rows that hold both side by side.
+def silu_mul(gate_up: Float[Tensor, "G M FF"], *, num_threads: int) -> Float[Tensor, "G M F"]:
+    """silu(gate) * up, of rows that hold both side by side; any number of them.
 
     Raises:
         ValueError: An odd number of columns, or another type than fp32.
@@ -156,7 +165,7 @@ def silu_mul(gate_up: Float[Tensor, "G M FF"]) -> Float[Tensor, "G M F"]:
         raise ValueError(f"rows of {both} columns cannot be halved")
     _check((gate_up,))
     y = torch.empty((num_members, num_rows, both // 2))
-    kernels().silu_mul(gate_up.data_ptr(), y.data_ptr(), num_members * num_rows, both // 2)
+    kernels().silu_mul(gate_up.data_ptr(), y.data_ptr(), num_members * num_rows, both // 2, num_threads)
     return y
 
 

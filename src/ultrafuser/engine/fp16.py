@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ultrafuser.engine import few_rows
+from ultrafuser.engine.native import in_large_pages
 from ultrafuser.errors import ConfigError
 from ultrafuser.model.device import multiplies_bf16
 
@@ -64,7 +65,8 @@ class Fp16Matrix:
         self._packed: Any
         self._multiply: Any
         if few_rows.has_kernel():
-            self._packed = self.weight = (values / self.scale).half()
+            self._packed = self.weight = in_large_pages(torch.empty(values.shape, dtype=torch.float16))
+            self.weight.copy_(values / self.scale)
             self._multiply = partial(multiply_16_bit, num_threads=num_threads)
         elif num_threads == 1 and _has_plain_call():
             self._multiply = _plain

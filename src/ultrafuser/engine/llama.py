@@ -9,8 +9,8 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ultrafuser.engine import few_rows
+from ultrafuser.engine.attention import TorchAttention
 from ultrafuser.engine.slots import SlotCache, SlotView
 from ultrafuser.engine.weights import AnyFormat, Product, compute_type, make_product
 
@@ -41,16 +42,6 @@ def is_llama_like(model: PreTrainedModel) -> bool:
 def can_stack(models: Sequence[PreTrainedModel]) -> bool:
     """Whether Llama-like models have the same shapes and types, so that one pass can run them all."""
     return len({_signature(model) for model in models}) == 1
-
-
-class _Step(NamedTuple):
-    """What all layers of one forward have in common."""
-
-    view: SlotView
-    places: Tensor  # of new columns
-    mask: Tensor | None
-    cos: Tensor
-    sin: Tensor
 
 
 class LlamaStack:
@@ -84,11 +75,13 @@ class LlamaStack:
         self.num_kv_heads = config.num_key_value_heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
         self.hidden_size = config.hidden_size
-        self.eps_value, self.eps = float(config.rms_norm_eps), torch.tensor(config.rms_norm_eps)
+        self.eps = float(config.rms_norm_eps)
         self.window: int | None = _windows(config)[0]
         self.device, self.dtype = models[0].device, models[0].dtype
         self.embeddings: list[Any] = [model.get_input_embeddings() for model in models]
         self.compute_dtype = compute_type(self.embeddings[0].weight, form, pack=pack)
+        is_fp32 = self.device.type == "cpu" and self.compute_dtype == torch.float32
+        self.has_kernels = is_fp32 and few_rows.has_kernel()
         kept = {id(embedding.weight) for embedding in self.embeddings}
 
         def product(parts: list[list[Any]]) -> Product:
@@ -133,9 +126,9 @@ class LlamaStack:
         made = make_product(parts, form, num_threads=num_threads, pack=pack)
         return made, [linear for linears in parts for linear in linears] if made.is_copy else []
 
-    def _stacked(self, weights: Sequence[Tensor]) -> Float[Tensor, "G 1 1 _"]:
+    def _stacked(self, weights: Sequence[Tensor]) -> Float[Tensor, "G 1 _"]:
         """Weights of a norm."""
-        return torch.stack([weight.detach() for weight in weights])[:, None, None].to(self.compute_dtype)
+        return torch.stack([weight.detach() for weight in weights])[:, None].to(self.compute_dtype)
 
     @property
     def kv_heads(self) -> list[tuple[int, int]]:
@@ -171,71 +164,24 @@ class LlamaStack:
     def run(self, ids: Int[Tensor, "G B T"], view: SlotView, member: int | None = None) -> Float[Tensor, "G B T H"]:
         """As `hidden`, over rows of a cache that are chosen already."""
         num_members, num_choices, num_new = ids.shape
-        if self._has_few_rows(num_choices * num_new, view):
-            return self._run_few_rows(ids, view, member)
-        step = _Step(view, view.places(self.num_kv_heads), self._mask(view), *self._turns(view))
-        x = self._embed(ids, member).to(self.compute_dtype)
-        shape = (num_members, num_choices * num_new, -1)
-        for layer in range(len(self.qkv)):
-            h = self._norm(x, self.norm_in[layer], member)
-            h = self._attention(layer, h.view(shape), step, member)
-            x = torch.add(x, h.view_as(x), alpha=self.out[layer].scale)
-            h = self._norm(x, self.norm_mlp[layer], member)
-            gate, up = self.gate_up[layer](h.view(shape), member).chunk(2, dim=-1)
-            h = self.down[layer](F.silu(gate) * up, member)
-            x = torch.add(x, h.view_as(x), alpha=self.down[layer].scale)
-        return self._norm(x, self.norm_out, member)
-
-    def _has_few_rows(self, num_rows: int, view: SlotView) -> bool:
-        """Whether our own kernels do it all."""
-        return (
-            self.device.type == "cpu"
-            and self.compute_dtype == torch.float32
-            and few_rows.are_few(num_rows)
-            and few_rows.has_kernel()
-            and few_rows.can_attend(view, self.num_heads, self.num_kv_heads, self.head_size)
-        )
-
-    def _run_few_rows(self, ids: Int[Tensor, "G B T"], view: SlotView, member: int | None) -> Float[Tensor, "G B T H"]:
-        """As `run`, by our own kernels."""
-        num_members, num_choices, num_new = ids.shape
-        attend = few_rows.Attend(
-            view,
-            self.cos,
-            self.sin,
-            num_members=num_members,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            window=self.window,
-            num_threads=self.num_threads,
-        )
+        is_lean = self.has_kernels and not torch.compiler.is_compiling()
+        add_norm, silu_mul = (few_rows.add_norm, few_rows.silu_mul) if is_lean else (_add_norm, _silu_mul)
+        attend = self._attention(view, num_members, is_lean=is_lean and num_choices * num_new <= few_rows.MOST_ROWS)
         x = self._embed(ids, member).to(self.compute_dtype).view(num_members, num_choices * num_new, -1)
 
-        def add_norm(x: Tensor, more: Tensor | None, scale: float, weight: Tensor) -> Tensor:
-            own = weight if member is None or len(weight) == 1 else weight[member : member + 1]
-            return few_rows.add_norm(x, more, own, scale=scale, eps=self.eps_value)
+        def normed(weight: Tensor, more: Tensor | None = None, scale: float = 1.0) -> Tensor:
+            """Of `x`, to which `more` is added."""
+            own = _of_member(weight, member)
+            return add_norm(x, more, own, scale=scale, eps=self.eps, num_threads=self.num_threads)
 
-        h = add_norm(x, None, 1.0, self.norm_in[0])
+        h = normed(self.norm_in[0])
         for layer, after in enumerate([*self.norm_in[1:], self.norm_out]):
-            qkv = self.qkv[layer](h, member)
-            if self.norm_q is not None and self.norm_k is not None:
-                heads = torch.split(
-                    qkv.view(num_members, -1, self.num_heads + 2 * self.num_kv_heads, self.head_size),
-                    [self.num_heads, self.num_kv_heads, self.num_kv_heads],
-                    dim=2,
-                )
-                # [G, M, heads, D]
-                normed = [
-                    add_norm(part.contiguous().view(num_members, -1, self.head_size), None, 1.0, weight[layer]).view_as(
-                        part
-                    )
-                    for part, weight in zip(heads, (self.norm_q, self.norm_k), strict=False)
-                ]
-                qkv = torch.cat([*normed, heads[2]], dim=2).flatten(2)
+            qkv = self._normed_heads(layer, self.qkv[layer](h, member), member)
             h = self.out[layer](attend(layer, qkv), member)
-            h = add_norm(x, h, self.out[layer].scale, self.norm_mlp[layer])
-            h = self.down[layer](few_rows.silu_mul(self.gate_up[layer](h, member)), member)
-            h = add_norm(x, h, self.down[layer].scale, after)
+            h = normed(self.norm_mlp[layer], h, self.out[layer].scale)
+            h = silu_mul(self.gate_up[layer](h, member), num_threads=self.num_threads)
+            h = self.down[layer](h, member)
+            h = normed(after, h, self.down[layer].scale)
         return h.view(*ids.shape, -1)
 
     def logits(self, hidden: Float[Tensor, "G M H"], member: int | None = None) -> Float[Tensor, "G M V"]:
@@ -246,68 +192,29 @@ class LlamaStack:
         members = range(self.num_members) if member is None else (member,)
         return torch.stack([self.embeddings[j](own) for j, own in zip(members, ids, strict=True)])
 
-    def _attention(
-        self, layer: int, h: Float[Tensor, "G M H"], step: _Step, member: int | None
-    ) -> Float[Tensor, "G M H"]:
-        num_members, num_new, num_rows = len(h), step.view.num_new, len(step.view.row_ids)
-        num_q, num_kv, size = self.num_heads, self.num_kv_heads, self.head_size
-        qkv = self.qkv[layer](h, member)
-        # [G, B * T, heads * D] -> [R, T, heads, D], members varying fastest
-        qkv = qkv.view(num_members, num_rows // num_members, num_new, num_q + 2 * num_kv, size)
-        qkv = qkv.transpose(0, 1).reshape(num_rows, num_new, num_q + 2 * num_kv, size)
-        if self.norm_q is not None and self.norm_k is not None:
-            q, k, v = torch.split(qkv, [num_q, num_kv, num_kv], 2)
-            q = self._head_norm(q, self.norm_q[layer], member)
-            qkv = torch.cat([q, self._head_norm(k, self.norm_k[layer], member), v], dim=2)
-        turned = torch.addcmul(qkv * step.cos, qkv.roll(size // 2, dims=-1), step.sin)
-        step.view.write_at(layer, step.places, turned[:, :, num_q:])
-        keys, values = step.view.read(layer)
-        q = turned[:, :, :num_q].transpose(1, 2)
-        if step.mask is None and num_new > 1:  # the beginning of a text
-            y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=num_q != num_kv)
-        else:
-            # The query heads that share a key stand in for further tokens, so keys need not be repeated.
-            folded = q.reshape(num_rows, num_kv, num_q // num_kv * num_new, size)
-            y = F.scaled_dot_product_attention(folded, keys, values, attn_mask=step.mask)
-            y = y.reshape(num_rows, num_q, num_new, size)
-        y = y.transpose(1, 2).reshape(num_rows // num_members, num_members, num_new, num_q * size)
-        return self.out[layer](y.transpose(0, 1).reshape(num_members, -1, num_q * size), member)
+    def _attention(self, view: SlotView, num_members: int, *, is_lean: bool) -> Callable[[int, Tensor], Tensor]:
+        """Attention of one forward."""
+        options: dict[str, Any] = {
+            "num_members": num_members,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "window": self.window,
+        }
+        if is_lean and few_rows.can_attend(view, self.num_heads, self.num_kv_heads, self.head_size):
+            return few_rows.Attend(view, self.cos, self.sin, num_threads=self.num_threads, **options)
+        return TorchAttention(view, self.cos, self.sin, **options)
 
-    def _mask(self, view: SlotView) -> Tensor | None:
-        """What is added to scores [R, 1, share * T, L]; None for the beginning of a text, or where all is seen."""
-        num_new = view.num_new
-        if view.single == 0 and num_new > 1 and (self.window is None or num_new <= self.window):
-            return None
-        seen = view.mask(self.window)
-        if seen is None:
-            return None
-        # Once for all layers: each would make it of what is seen.
-        mask = torch.zeros(seen.shape, dtype=self.compute_dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-        return mask if num_new == 1 else mask.repeat(1, 1, self.num_heads // self.num_kv_heads, 1)
-
-    def _turns(self, view: SlotView) -> tuple[Float[Tensor, "R T heads D"], Float[Tensor, "R T heads D"]]:
-        """Cosine and sine for the heads of query, key and value; values are not turned."""
-        shape = (*view.positions.shape, self.num_heads + 2 * self.num_kv_heads, self.head_size)
-        cos, sin = (table[view.positions][:, :, None].expand(shape).clone() for table in (self.cos, self.sin))
-        cos[:, :, -self.num_kv_heads :] = 1
-        sin[:, :, -self.num_kv_heads :] = 0
-        return cos, sin
-
-    def _norm(self, x: Float[Tensor, "G B T H"], weight: Tensor, member: int | None) -> Tensor:
-        weight = weight if member is None or len(weight) == 1 else weight[member : member + 1]
-        if x.dtype == torch.float32 and not x.is_cuda:  # torch's own takes twice as many operations
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            return x * torch.addcmul(self.eps, norm, norm, value=1 / x.shape[-1]).rsqrt_() * weight
-        if len(weight) == 1:
-            return F.rms_norm(x, x.shape[-1:], weight.view(-1), self.eps_value)
-        return F.rms_norm(x, x.shape[-1:], None, self.eps_value) * weight
-
-    def _head_norm(self, x: Float[Tensor, "R T K D"], weight: Tensor, member: int | None) -> Tensor:
-        if member is None and len(weight) > 1:  # rows vary by member fastest
-            weight = weight.repeat(len(x) // self.num_members, 1, 1, 1)
-            return F.rms_norm(x, x.shape[-1:], None, self.eps_value) * weight
-        own = weight[0] if len(weight) == 1 else weight[member or 0]
-        return F.rms_norm(x, x.shape[-1:], own.view(-1), self.eps_value)
+    def _normed_heads(self, layer: int, qkv: Float[Tensor, "G M _"], member: int | None) -> Float[Tensor, "G M _"]:
+        """Queries and keys normalised head by head, where the architecture does that."""
+        if self.norm_q is None or self.norm_k is None:
+            return qkv
+        num_q, num_kv = self.num_heads, self.num_kv_heads
+        q, k, v = torch.split(qkv.view(*qkv.shape[:2], num_q + 2 * num_kv, self.head_size), [num_q, num_kv, num_kv], 2)
+        q, k = (
+            F.rms_norm(heads, heads.shape[-1:], None, self.eps) * _of_member(weights[layer], member)[:, None]
+            for heads, weights in ((q, self.norm_q), (k, self.norm_k))
+        )
+        return torch.cat([q, k, v], dim=2).flatten(2)
 
     def _rotations(self, base: Any, length: int) -> tuple[Tensor, Tensor]:
         """Tables [L, D]; the sine has the sign of the rotation, so that half a turn of the head is a roll."""
@@ -316,6 +223,34 @@ class LlamaStack:
         signs = torch.ones(self.head_size, dtype=sin.dtype, device=self.device)
         signs[: self.head_size // 2] = -1
         return cos[0], sin[0] * signs
+
+
+def _of_member(weight: Float[Tensor, "G 1 H"], member: int | None) -> Float[Tensor, "_ 1 H"]:
+    """Of the one that runs, or of all; weights that all share stay as they are."""
+    return weight if member is None or len(weight) == 1 else weight[member : member + 1]
+
+
+def _add_norm(
+    x: Float[Tensor, "G M H"], more: Tensor | None, weight: Tensor, *, scale: float, eps: float, num_threads: int
+) -> Float[Tensor, "G M H"]:
+    """`few_rows.add_norm` by torch."""
+    del num_threads
+    if more is not None:
+        x.add_(more, alpha=scale)
+    if x.dtype == torch.float32 and not x.is_cuda:  # torch's own takes twice as many operations
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        y: Tensor = x * squares.div_(x.shape[-1]).add_(eps).rsqrt_() * weight
+        return y
+    if len(weight) == 1:
+        return F.rms_norm(x, x.shape[-1:], weight.view(-1), eps)
+    return F.rms_norm(x, x.shape[-1:], None, eps) * weight
+
+
+def _silu_mul(gate_up: Float[Tensor, "G M FF"], *, num_threads: int) -> Float[Tensor, "G M F"]:
+    """`few_rows.silu_mul` by torch."""
+    del num_threads
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def _windows(config: Any) -> list[int | None]:

@@ -8,6 +8,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 8
+#define SHARED 32768 /* numbers from which several threads make them faster than one */
 #define TILE 4 /* outputs: the unit in which threads share the work */
 
 enum kind { FP32, BF16, FP16 };
@@ -71,7 +72,7 @@ INLINE void tile(const float *x, const char *weight, float *y, long num_in, long
         for (int o = 0; o < outs; o++) {
             const char *at = weight + o * stride + i * size;
             parts[o] = load(at, kind);
-            __builtin_prefetch(at + outs * stride); /* what the next tile reads */
+            __builtin_prefetch(at + outs * stride, 0, 0); /* what the next tile reads, once: it need not stay */
         }
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
@@ -207,7 +208,8 @@ INLINE vec exp_of(vec x) {
 
 /* x += scale * more (where there is more), then y = x / sqrt(mean of its squares + eps) * weight, row by row. */
 void ultrafuser_add_norm(float *x, const float *more, const float *weight, float *y, long num_members, long num_rows,
-                         long size, long weight_members, float scale, float eps) {
+                         long size, long weight_members, float scale, float eps, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && num_members * num_rows * size > SHARED)
     for (long row = 0; row < num_members * num_rows; row++) {
         float *own = x + row * size, *to = y + row * size;
         const float *scales = weight + (weight_members > 1 ? row / num_rows : 0) * size;
@@ -229,7 +231,8 @@ void ultrafuser_add_norm(float *x, const float *more, const float *weight, float
 }
 
 /* y = silu(gate) * up, of rows that hold both side by side. */
-void ultrafuser_silu_mul(const float *gate_up, float *y, long num_rows, long size) {
+void ultrafuser_silu_mul(const float *gate_up, float *y, long num_rows, long size, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && num_rows * size > SHARED)
     for (long row = 0; row < num_rows; row++) {
         const float *gate = gate_up + 2 * row * size, *up = gate + size;
         float *to = y + row * size;

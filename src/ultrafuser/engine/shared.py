@@ -88,7 +88,7 @@ class SharedStack(LlamaStack):
         copied = bases if base.is_copy else []
         return SharedProduct(base, low_rank), [*copied, *(low_rank.copied if low_rank is not None else ())]
 
-    def _stacked(self, weights: Sequence[Tensor]) -> Float[Tensor, "1 1 1 _"]:
+    def _stacked(self, weights: Sequence[Tensor]) -> Float[Tensor, "1 1 _"]:
         return super()._stacked(weights[:1])
 
     def _embed(self, ids: Int[Tensor, "G B T"], member: int | None) -> Float[Tensor, "G B T H"]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ultrafuser.engine import few_rows
 from ultrafuser.engine.fp16 import keeps_values, multiply_16_bit
+from ultrafuser.engine.native import in_large_pages
 from ultrafuser.engine.reduced import HalfProduct, Int4Product, Int8Product, joined
 
 WeightFormat = Literal["exact", "half", "int8"]
@@ -74,7 +75,7 @@ class ExactProduct:
         self.has_kernel = (is_fp32 or self.is_widened) and few_rows.has_kernel()
         self.is_cut = is_fp32 and not self.has_kernel
         self.most_on_right = 0 if _is_avx2() else _VERY_FEW_ROWS
-        self.weight = torch.empty((len(parts), num_out, num_in), dtype=kind.dtype, device=kind.device)
+        self.weight = in_large_pages(torch.empty((len(parts), num_out, num_in), dtype=kind.dtype, device=kind.device))
         self.bias = _joined_bias(parts)
         for j, linears in enumerate(parts):
             start = 0

@@ -151,7 +151,7 @@ def test_a_prompt_file_of_a_misspelt_name_is_not_passed_over(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_an_installed_package_has_every_domain(tmp_path: Path):
+def test_an_installed_package_has_every_domain_and_the_source_of_its_kernels(tmp_path: Path):
     """The wheel is built, unpacked elsewhere, and its domains load from there."""
     pytest.importorskip("hatchling")
     build = [
@@ -171,6 +171,7 @@ def test_an_installed_package_has_every_domain(tmp_path: Path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     shipped = {str(path.relative_to(SHIPPED)) for path in SHIPPED.rglob("*") if path.is_file()}
+    assert (tmp_path / "installed" / "ultrafuser" / "engine" / "native.c").is_file()
     there = tmp_path / "installed" / "ultrafuser" / "synthesis" / "domains"
     script = (
         "import ultrafuser.synthesis.domain as d; from ultrafuser.synthesis.recipe import DomainConfig; "

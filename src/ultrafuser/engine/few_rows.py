@@ -210,6 +210,9 @@ class Attend:
             raise ValueError(f"{view.stop} columns do not fit a slot of {length} and tables of {len(cosines)}")
         _check((cosines, sines))
         self.rows, self.starts = view.row_ids.contiguous(), view.starts.contiguous()
+        last = view.cache.num_slots * view.cache.num_members - 1
+        if not self.rows.dtype == self.starts.dtype == torch.int64 or int(self.rows.max()) > last:
+            raise ValueError(f"rows {self.rows.tolist()} are not all among the {last + 1} of the cache")
         self.scores = torch.empty((num_threads, length + _LANES))
         self.num_rows = len(self.rows) // num_members * view.num_new  # of each member
         self.num_members = num_members

@@ -43,7 +43,7 @@ def serve(
     ] = "auto",
     pack: Annotated[
         bool | None,
-        typer.Option("--pack/--no-pack", help="A second layout of fp32 weights, faster for batches; else if it fits."),
+        typer.Option("--pack/--no-pack", help="A second layout of fp32 weights, faster for prompts; else if it fits."),
     ] = None,
     parallel: Annotated[
         bool,

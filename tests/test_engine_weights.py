@@ -91,6 +91,7 @@ def test_exact_weights_are_packed_only_in_fp32_and_where_it_is_wanted():
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("kernel")
 def test_an_exact_product_of_bf16_weights_is_the_linear_layers():
     parts = [[nn.Linear(16, 48).bfloat16(), nn.Linear(16, 16).bfloat16()]]
     before = copy.deepcopy(parts)

@@ -71,8 +71,8 @@ class ExactProduct:
         kind = first[0].weight
         self.on_cpu = kind.device.type == "cpu"
         is_fp32 = self.on_cpu and kind.dtype == torch.float32
-        self.is_widened = keeps_values(kind)
-        self.has_kernel = (is_fp32 or self.is_widened) and few_rows.has_kernel()
+        self.is_widened = is_widened(kind, pack=False)
+        self.has_kernel = self.is_widened or (is_fp32 and few_rows.has_kernel())
         self.is_cut = is_fp32 and not self.has_kernel
         self.most_on_right = 0 if _is_avx2() else _VERY_FEW_ROWS
         self.weight = in_large_pages(torch.empty((len(parts), num_out, num_in), dtype=kind.dtype, device=kind.device))

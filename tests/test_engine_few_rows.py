@@ -126,9 +126,10 @@ def test_it_is_compiled_once_and_kept(tmp_path: Path):
 
 
 @needs_kernel
-def test_a_folder_that_cannot_be_made_is_no_hindrance(tmp_path: Path):
+@pytest.mark.parametrize("place", ["file", "~no-such-user/cache"])
+def test_a_folder_that_cannot_be_made_is_no_hindrance(tmp_path: Path, place: str):
     (tmp_path / "file").write_text("no folder")
-    assert ask(XDG_CACHE_HOME=str(tmp_path / "file")) == "there"
+    assert ask(XDG_CACHE_HOME=place if place.startswith("~") else str(tmp_path / place)) == "there"
 
 
 @needs_kernel
@@ -138,10 +139,11 @@ def test_a_folder_that_cannot_be_made_is_no_hindrance(tmp_path: Path):
         ({"PATH": ""}, "there is no C compiler (install gcc)"),
         ({"CC": "false"}, "false ends with 1: no message"),
         ({"CC": "no-such-compiler"}, "the C compiler 'no-such-compiler' cannot be started"),
+        ({"CC": "/dev/null"}, "the C compiler '/dev/null' cannot be started"),
         ({"ULTRAFUSER_KERNEL": "0"}, "ULTRAFUSER_KERNEL=0 leaves it out"),
         ({"ATEN_CPU_CAPABILITY": "default"}, "the processor has no AVX2"),
     ],
-    ids=["no compiler", "failing compiler", "unknown compiler", "switched off", "old processor"],
+    ids=["no compiler", "failing compiler", "unknown compiler", "no program", "switched off", "old processor"],
 )
 def test_where_it_is_missing_there_is_a_reason_and_no_rubbish(environment: dict[str, str], reason: str, tmp_path: Path):
     assert ask(XDG_CACHE_HOME=str(tmp_path), **environment) == reason

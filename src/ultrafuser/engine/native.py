@@ -113,17 +113,19 @@ def _loaded() -> Any:
         raise MissingError(f"it is for Linux on x86-64, and this is {platform.system()} on {platform.machine()}")
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         raise MissingError("the processor has no AVX2")
-    before = _openmp_libraries()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ultrafuser"
-    file = folder / f"native-{_fingerprint()}.so"
     try:
+        before, name = _openmp_libraries(), f"native-{_fingerprint()}.so"
+    except OSError as error:
+        raise MissingError(f"what this process and its processor are cannot be read: {error}") from error
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ultrafuser"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not file.exists():
-            _compile(file)
-        library = ctypes.CDLL(str(file))
-    except OSError as error:  # a folder that may not be written to, or from which nothing may be loaded
-        _LOG.info("%s cannot be used: %s", file, error)
-        library = _load_for_now(file.name)
+        if not (folder / name).exists():
+            _compile(folder / name)
+        library = ctypes.CDLL(str(folder / name))
+    except (OSError, RuntimeError) as error:  # no home, not to be written to, or nothing may be loaded from there
+        _LOG.info("the cache folder cannot be used: %s", error)
+        library = _load_for_now(name)
     if more := _openmp_libraries() - before:
         raise MissingError(f"its threads would be others than torch's: {', '.join(sorted(more))}")
     return library
@@ -131,12 +133,12 @@ def _loaded() -> Any:
 
 def _load_for_now(name: str) -> Any:
     """A library that goes with this process."""
-    with tempfile.TemporaryDirectory() as place:
-        _compile(Path(place, name))
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            _compile(Path(place, name))
             return ctypes.CDLL(str(Path(place, name)))
-        except OSError as error:
-            raise MissingError(f"the compiled library cannot be loaded: {error}") from error
+    except OSError as error:
+        raise MissingError(f"the compiled library cannot be kept or loaded: {error}") from error
 
 
 def _compile(file: Path) -> None:
@@ -148,15 +150,16 @@ def _compile(file: Path) -> None:
         pass
     try:
         command = [*compiler.split(), *_OPTIONS, "-o", partial.name, str(_SOURCE)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+        except OSError as error:
+            raise MissingError(f"the C compiler {compiler!r} cannot be started") from error
+        except subprocess.TimeoutExpired as error:
+            raise MissingError(f"{compiler} takes more than {_TIMEOUT:.0f} s") from error
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise MissingError(f"{compiler} ends with {done.returncode}: {last}")
         Path(partial.name).replace(file)
-    except FileNotFoundError as error:
-        raise MissingError(f"the C compiler {compiler!r} cannot be started") from error
-    except subprocess.TimeoutExpired as error:
-        raise MissingError(f"{compiler} takes more than {_TIMEOUT:.0f} s") from error
     finally:
         Path(partial.name).unlink(missing_ok=True)
 

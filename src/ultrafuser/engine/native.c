@@ -14,9 +14,9 @@
 enum kind { FP32, BF16, FP16 };
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float vec_anywhere __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float vec_anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 /* y[g, m, o] = sum over i of x[g, m, i] * weight[g, o, i], for a few rows m.
 

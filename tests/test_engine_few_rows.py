@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ultrafuser.engine import few_rows, native
+from ultrafuser.engine.attention import Heads
 from ultrafuser.engine.slots import SlotCache, SlotView
 
 needs_kernel = pytest.mark.skipif(not few_rows.has_kernel(), reason=f"no kernel: {few_rows.why_missing()}")
@@ -261,9 +262,8 @@ def test_attention_is_that_by_hand(
     cos, sin = torch.randn(2, length, size)
     qkv = torch.randn(running, len(slots) * num_new, (num_q + 2 * num_kv) * size)
     view = SlotView(cache, slots, member, torch.tensor(starts), num_new)
-    options: Any = {"num_members": running, "num_heads": num_q, "num_kv_heads": num_kv, "window": window}
 
-    y = few_rows.Attend(view, cos, sin, num_threads=num_threads, **options)(0, qkv)
+    y = few_rows.Attend(view, cos, sin, Heads(running, num_q, num_kv, window), num_threads=num_threads)(0, qkv)
 
     torch.testing.assert_close(y.double(), read_by_hand(qkv, twin, view, cos, sin, heads, window), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(cache.keys[0], twin.keys[0], rtol=1e-5, atol=1e-6)
@@ -273,12 +273,12 @@ def test_attention_is_that_by_hand(
 @needs_kernel
 def test_attention_beyond_a_slot_or_over_other_heads_is_refused():
     cache = SlotCache(1, 1, 10, [(2, 8)], dtype=torch.float32, device=torch.device("cpu"))
-    options: Any = {"num_members": 1, "num_heads": 2, "num_kv_heads": 2, "window": None, "num_threads": 1}
+    who = Heads(1, 2, 2, None)
     tables = torch.zeros(2, 10, 8)
     view = SlotView(cache, [0], None, torch.tensor([8]), 3)
     with pytest.raises(ValueError, match="11 columns do not fit a slot of 10"):
-        few_rows.Attend(view, *tables, **options)
-    attend = few_rows.Attend(SlotView(cache, [0], None, torch.tensor([8]), 2), *tables, **options)
+        few_rows.Attend(view, *tables, who, num_threads=1)
+    attend = few_rows.Attend(SlotView(cache, [0], None, torch.tensor([8]), 2), *tables, who, num_threads=1)
     for shape in ((1, 2, 40), (1, 3, 48), (2, 2, 48)):
         with pytest.raises(ValueError, match="are not what"):
             attend(0, torch.zeros(shape))

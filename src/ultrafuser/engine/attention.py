@@ -6,6 +6,8 @@ D head size, L columns.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -14,31 +16,36 @@ from torch import Tensor
 from ultrafuser.engine.slots import SlotView
 
 
+class Heads(NamedTuple):
+    """Whose heads read in one forward, and what they see.
+
+    Attributes:
+        num_members: G.
+        num_heads, num_kv_heads: Q and K.
+        window: Columns that a token sees, itself included; None for all.
+    """
+
+    num_members: int
+    num_heads: int
+    num_kv_heads: int
+    window: int | None
+
+
 class TorchAttention:
     """Attention of one forward; see `few_rows.Attend` for the same by our own kernel.
 
     Args:
         view: Rows of the cache.
         cosines, sines: [positions, D], the sine with the sign of the rotation.
-        num_members: G.
-        num_heads, num_kv_heads: Q and K.
-        window: Columns that a token sees, itself included; None for all.
+        heads: Whose.
     """
 
-    def __init__(
-        self,
-        view: SlotView,
-        cosines: Tensor,
-        sines: Tensor,
-        *,
-        num_members: int,
-        num_heads: int,
-        num_kv_heads: int,
-        window: int | None,
-    ) -> None:
-        self.view, self.num_members, self.num_heads, self.num_kv_heads = view, num_members, num_heads, num_kv_heads
+    def __init__(self, view: SlotView, cosines: Tensor, sines: Tensor, heads: Heads) -> None:
+        self.view = view
+        self.num_members, self.num_heads, self.num_kv_heads, _ = heads
+        num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
         self.places = view.places(num_kv_heads)  # of new columns
-        self.mask = self._mask(window, cosines.dtype)
+        self.mask = self._mask(heads.window, cosines.dtype)
         # For the heads of query, key and value; values are not turned.
         shape = (*view.positions.shape, num_heads + 2 * num_kv_heads, cosines.shape[-1])
         self.cos, self.sin = (

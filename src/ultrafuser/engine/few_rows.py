@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ultrafuser.engine.attention import Heads
 from ultrafuser.engine.native import KINDS, Attention, kernels
 from ultrafuser.engine.slots import SlotView
 
@@ -180,31 +181,19 @@ class Attend:
     Args:
         view: Rows of the cache.
         cosines, sines: [positions, D], the sine with the sign of the rotation.
-        num_members: G that run.
-        num_heads, num_kv_heads: Q and K.
-        window: Columns that a token sees, itself included; None for all.
+        heads: Whose.
         num_threads: Of torch.
 
     Raises:
         ValueError: A row would be written or read beyond its slot or the tables.
     """
 
-    def __init__(
-        self,
-        view: SlotView,
-        cosines: Tensor,
-        sines: Tensor,
-        *,
-        num_members: int,
-        num_heads: int,
-        num_kv_heads: int,
-        window: int | None,
-        num_threads: int,
-    ) -> None:
+    def __init__(self, view: SlotView, cosines: Tensor, sines: Tensor, heads: Heads, *, num_threads: int) -> None:
         if view.starts is None:
             raise ValueError("the rows of this view are not known beforehand")
         self.view, self.num_threads = view, num_threads
-        self.num_heads, self.num_kv_heads, self.size = num_heads, num_kv_heads, cosines.shape[-1]
+        num_members, self.num_heads, self.num_kv_heads, window = heads
+        self.num_members, self.size = num_members, cosines.shape[-1]
         length = view.cache.length
         if view.stop > min(length, len(cosines)) or len(view.row_ids) % num_members:
             raise ValueError(f"{view.stop} columns do not fit a slot of {length} and tables of {len(cosines)}")
@@ -215,7 +204,6 @@ class Attend:
             raise ValueError(f"rows {self.rows.tolist()} are not all among the {last + 1} of the cache")
         self.scores = torch.empty((num_threads, length + _LANES))
         self.num_rows = len(self.rows) // num_members * view.num_new  # of each member
-        self.num_members = num_members
         self._held = (cosines, sines)
         self._call: Callable[..., None] = kernels().attend
         self._arguments = Attention(
@@ -227,8 +215,8 @@ class Attend:
             num_members=num_members,
             num_choices=len(self.rows) // num_members,
             num_new=view.num_new,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
             size=self.size,
             length=length,
             window=window or 0,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ultrafuser.engine import few_rows
-from ultrafuser.engine.attention import TorchAttention
+from ultrafuser.engine.attention import Heads, TorchAttention
 from ultrafuser.engine.slots import SlotCache, SlotView
 from ultrafuser.engine.weights import AnyFormat, Product, compute_type, make_product
 
@@ -194,15 +194,10 @@ class LlamaStack:
 
     def _attention(self, view: SlotView, num_members: int, *, is_lean: bool) -> Callable[[int, Tensor], Tensor]:
         """Attention of one forward."""
-        options: dict[str, Any] = {
-            "num_members": num_members,
-            "num_heads": self.num_heads,
-            "num_kv_heads": self.num_kv_heads,
-            "window": self.window,
-        }
+        heads = Heads(num_members, self.num_heads, self.num_kv_heads, self.window)
         if is_lean and few_rows.can_attend(view, self.num_heads, self.num_kv_heads, self.head_size):
-            return few_rows.Attend(view, self.cos, self.sin, num_threads=self.num_threads, **options)
-        return TorchAttention(view, self.cos, self.sin, **options)
+            return few_rows.Attend(view, self.cos, self.sin, heads, num_threads=self.num_threads)
+        return TorchAttention(view, self.cos, self.sin, heads)
 
     def _normed_heads(self, layer: int, qkv: Float[Tensor, "G M _"], member: int | None) -> Float[Tensor, "G M _"]:
         """Queries and keys normalised head by head, where the architecture does that."""

@@ -38,7 +38,7 @@ from ultrafuser.model.fusion import gate_weights
 from ultrafuser.model.loss import fused_nll
 from ultrafuser.model.specialist import load_specialist, load_tokenizer
 from ultrafuser.provenance import hardware, versions
-from ultrafuser.train.tracking import read_metrics
+from ultrafuser.train.tracking.metrics import read_metrics
 from ultrafuser.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent

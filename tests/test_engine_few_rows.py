@@ -1,8 +1,7 @@
-"""The kernel for a few rows: what it computes, and that it is missing for a reason where it is missing."""
+"""The kernels for a few rows: what they compute, and that they are missing for a reason where they are missing."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 import subprocess
@@ -17,17 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ultrafuser.engine import few_rows, native
-from ultrafuser.engine.attention import Heads
+from ultrafuser.engine.few_rows import Adapters, Layers, LayerWeights, Matrix, Shape, Up
 from ultrafuser.engine.slots import SlotCache, SlotView
 
 needs_kernel = pytest.mark.skipif(not few_rows.has_kernel(), reason=f"no kernel: {few_rows.why_missing()}")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 
 
-def draw(num_members: int, num_rows: int, num_in: int, num_out: int, dtype: torch.dtype, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
+def draw(num_members: int, num_rows: int, num_in: int, num_out: int, dtype: torch.dtype):
+    """Rows, weights, and what one of them is if they are whole numbers."""
+    generator = torch.Generator().manual_seed(0)
     x = torch.randn((num_members, num_rows, num_in), generator=generator)
-    return x, torch.randn((num_members, num_out, num_in), generator=generator).to(dtype)
+    if dtype == torch.int8:
+        weight = torch.randint(-128, 128, (num_members, num_out, num_in), generator=generator)
+        return x, weight.to(dtype), torch.rand((num_members, num_out), generator=generator) / 128
+    return x, torch.randn((num_members, num_out, num_in), generator=generator).to(dtype), None
 
 
 @needs_kernel
@@ -43,24 +46,36 @@ def draw(num_members: int, num_rows: int, num_in: int, num_out: int, dtype: torc
 def test_it_is_the_product_in_double_precision(
     num_members: int, num_rows: int, num_in: int, num_out: int, num_threads: int, dtype: torch.dtype
 ):
-    x, weight = draw(num_members, num_rows, num_in, num_out, dtype)
-    y = few_rows.multiply(x, weight, num_threads)
+    x, weight, units = draw(num_members, num_rows, num_in, num_out, dtype)
+    y = few_rows.multiply(x, weight, num_threads, units)
     assert y.dtype == torch.float32
     expected = torch.bmm(x.double(), weight.double().transpose(1, 2))
+    if units is not None:
+        expected *= units[:, None]
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_the_same_to_the_bit_in_any_company(dtype: torch.dtype):
-    """Of other rows, members and threads: so an answer does not depend on what else is in the batch."""
-    x, weight = draw(3, 19, 77, 21, dtype)
+@pytest.mark.parametrize(("num_in", "num_out"), [(77, 21), (48, 6), (16, 23)])
+def test_a_row_is_the_same_to_the_bit_in_any_company(num_in: int, num_out: int, dtype: torch.dtype):
+    """Of other rows, members and threads: so an answer does not depend on what else is in the batch.
+
+    Which outputs go together to a tile depends on the number of rows: those of six are not always in one.
+    """
+    x, weight, units = draw(3, 19, num_in, num_out, dtype)
     alone = [
-        [few_rows.multiply(x[g : g + 1, m : m + 1], weight[g : g + 1], 1)[0, 0] for m in range(19)] for g in (0, 1, 2)
+        [
+            few_rows.multiply(
+                x[g : g + 1, m : m + 1], weight[g : g + 1], 1, None if units is None else units[g : g + 1]
+            )[0, 0]
+            for m in range(19)
+        ]
+        for g in (0, 1, 2)
     ]
     for num_threads in (1, 2, 3, 7):
         for num_rows in (1, 2, 3, 4, 5, 7, 8, 19):
-            together = few_rows.multiply(x[:, :num_rows], weight, num_threads)
+            together = few_rows.multiply(x[:, :num_rows], weight, num_threads, units)
             for g in range(3):
                 for m in range(num_rows):
                     assert torch.equal(together[g, m], alone[g][m])
@@ -96,8 +111,9 @@ def test_weights_may_begin_anywhere_and_rows_may_have_gaps():
         (torch.zeros(1, 2, 8), torch.zeros(1, 8, 4).transpose(1, 2)),
         (torch.zeros(1, 2, 8), torch.zeros(1, 4, 8, dtype=torch.float64)),
         (torch.zeros(1, 2, 8), torch.zeros(1, 4, 8, device="meta")),
+        (torch.zeros(1, 2, 8), torch.zeros(1, 4, 8, dtype=torch.int8)),
     ],
-    ids=["inputs", "members", "type of rows", "layout", "type of weights", "device"],
+    ids=["inputs", "members", "type of rows", "layout", "type of weights", "device", "int8 without units"],
 )
 def test_what_does_not_fit_is_refused_and_not_read(x: torch.Tensor, weight: torch.Tensor):
     multiply = inspect.unwrap(few_rows.multiply)  # as users have it: without the tests' checks of shapes
@@ -183,9 +199,9 @@ def test_a_sum_and_its_norm_are_those_of_torch(
     torch.manual_seed(0)
     x, more = torch.randn(2, num_members, num_rows, size)
     weight = torch.randn(num_members if own_weights else 1, 1, size)
-    wanted = x + 0.5 * more if has_more else x.clone()
+    wanted = x + more if has_more else x.clone()
 
-    y = few_rows.add_norm(x, more if has_more else None, weight, scale=0.5, eps=1e-5, num_threads=2)
+    y = few_rows.add_norm(x, more if has_more else None, weight, eps=1e-5, num_threads=2)
 
     torch.testing.assert_close(x, wanted)
     torch.testing.assert_close(y, F.rms_norm(wanted, (size,), None, 1e-5) * weight)
@@ -207,96 +223,263 @@ def test_an_activation_is_that_of_torch(num_rows: int, size: int, factor: float)
 def test_numbers_that_are_none_stay_none():
     nan = torch.full((1, 2, 24), torch.nan)
     assert few_rows.silu_mul(nan, num_threads=1).isnan().all()
-    assert few_rows.add_norm(nan.clone(), None, torch.ones(1, 1, 24), scale=1.0, eps=1e-5, num_threads=2).isnan().all()
+    assert few_rows.add_norm(nan.clone(), None, torch.ones(1, 1, 24), eps=1e-5, num_threads=2).isnan().all()
     assert few_rows.multiply(nan, torch.ones(1, 5, 24), 1).isnan().all()
 
 
-def read_by_hand(
-    qkv: torch.Tensor, cache: SlotCache, view: SlotView, cos: Any, sin: Any, heads: Any, window: int | None
-):
-    """Attention token by token, in double precision; the cache gets what is new."""
-    num_members, num_rows, _ = qkv.shape
-    num_q, num_kv, size = heads
-    y = torch.zeros(num_members, num_rows, num_q * size, dtype=torch.float64)
-    for r, (row, start) in enumerate(zip(view.row_ids.tolist(), view.starts.tolist(), strict=True)):
-        choice, member = divmod(r, num_members)
-        for t in range(view.num_new):
-            at, column = choice * view.num_new + t, start + t
-            parts = qkv[member, at].view(num_q + 2 * num_kv, size)
-            turned = parts * cos[column] + parts.roll(size // 2, -1) * sin[column]
-            cache.keys[0][row, :, column] = turned[num_q : num_q + num_kv]
-            cache.values[0][row, :, column] = parts[num_q + num_kv :]
-            first = 0 if window is None else max(0, column + 1 - window)
-            for q in range(num_q):
-                kv = q // (num_q // num_kv)
-                keys = cache.keys[0][row, kv, first : column + 1].double()
-                shares = (keys @ turned[q].double() / size**0.5).softmax(0)
-                read = shares @ cache.values[0][row, kv, first : column + 1].double()
-                y[member, at, q * size : (q + 1) * size] = read
-    return y
+# Whole passes
+
+
+class Stack:
+    """Random layers of a stack, the same numbers in double precision, and a cache that holds something.
+
+    Args:
+        num_members: Specialists.
+        heads: Of queries, of keys and values, and their size.
+        kinds: Types of weights of the four products.
+        is_shared: One base for all, with adapters.
+        has_bias, has_head_norm: As Qwen2 and Qwen3 have them.
+        window: Of attention.
+    """
+
+    hidden_size, inner_size, length, num_slots = 24, 20, 40, 3
+
+    def __init__(
+        self,
+        num_members: int,
+        heads: tuple[int, int, int],
+        *,
+        kinds: Any = (torch.float32,) * 4,
+        num_layers: int = 2,
+        is_shared: bool = False,
+        has_bias: bool = False,
+        has_head_norm: bool = False,
+        window: int | None = None,
+    ) -> None:
+        torch.manual_seed(0)
+        self.num_members, self.is_shared, self.has_bias = num_members, is_shared, has_bias
+        num_q, num_kv, size = heads
+        self.shape = Shape(num_q, num_kv, size, self.hidden_size, self.inner_size, window, 1e-5)
+        outs = ((num_q + 2 * num_kv) * size, self.hidden_size, 2 * self.inner_size, self.hidden_size)
+        ins = (self.hidden_size, num_q * size, self.hidden_size, self.inner_size)
+        self.layers = [
+            LayerWeights(
+                *(self._matrix(o, i, kind) for o, i, kind in zip(outs, ins, kinds, strict=True)),
+                norm_in=self._norm(self.hidden_size),
+                norm_mlp=self._norm(self.hidden_size),
+                norm_q=self._norm(size) if has_head_norm else None,
+                norm_k=self._norm(size) if has_head_norm else None,
+            )
+            for _ in range(num_layers)
+        ]
+        self.norm_out = self._norm(self.hidden_size)
+        self.cos, self.sin = torch.randn(2, self.length, size)
+        kept = [(num_kv, size)] * num_layers
+        self.cache = SlotCache(
+            num_members, self.num_slots, self.length, kept, dtype=torch.float32, device=torch.device("cpu")
+        )
+        for storage in (*self.cache.keys, *self.cache.values):
+            storage.normal_()
+
+    def _matrix(self, num_out: int, num_in: int, kind: torch.dtype) -> Matrix:
+        count = 1 if self.is_shared else self.num_members
+        weight = torch.randn(count, num_out, num_in) / num_in**0.5
+        units = torch.rand(count, num_out) / 64 if kind == torch.int8 else None
+        adapters = None
+        if self.is_shared:
+            ranks = 2 * self.num_members
+            scales = torch.zeros(self.num_members, ranks)
+            for member in range(self.num_members):
+                scales[member, 2 * member : 2 * member + 2] = torch.rand(2)
+            adapter_kind = torch.float32 if kind == torch.int8 else kind
+            down = (torch.randn(ranks, num_in) / num_in**0.5).to(adapter_kind)
+            half = num_out // 2  # two linear layers side by side: the second's ranks are the last
+            ups = [
+                Up(outputs, own, torch.randn(outputs.stop - outputs.start, own.stop - own.start).to(adapter_kind))
+                for outputs, own in ((slice(3, half), slice(0, 1)), (slice(half, num_out), slice(1, ranks)))
+            ]
+            adapters = Adapters(down, ups, scales)
+        if units is not None:
+            weight = (weight / units[..., None]).round().clamp(-127, 127)
+        bias = torch.randn(count, num_out) if self.has_bias else None
+        return Matrix(weight.to(kind), units, bias, adapters)
+
+    def _norm(self, size: int) -> torch.Tensor:
+        return torch.randn(1 if self.is_shared else self.num_members, 1, size)
+
+    def kernel(self, num_threads: int = 1) -> Layers:
+        options = {"num_members": self.num_members, "num_threads": num_threads}
+        return Layers(self.layers, self.norm_out, self.cos, self.sin, self.shape, **options)
+
+    def by_hand(self, x: torch.Tensor, view: SlotView, member: int | None) -> torch.Tensor:
+        """The same pass, token by token, in double precision; the cache gets what is new."""
+        members = range(self.num_members) if member is None else [member]
+        x = x.double()
+        for index, layer in enumerate(self.layers):
+            h = self._normed(x, layer.norm_in, members)
+            h = self._attend(self._times(h, layer.qkv, members), layer, index, view, members)
+            x = x + self._times(h, layer.out, members)
+            gate, up = self._times(self._normed(x, layer.norm_mlp, members), layer.gate_up, members).chunk(2, dim=-1)
+            x = x + self._times(F.silu(gate) * up, layer.down, members)
+        return self._normed(x, self.norm_out, members)
+
+    def _times(self, x: torch.Tensor, matrix: Matrix, members: Any) -> torch.Tensor:
+        found = []
+        for rows, member in zip(x, members, strict=True):
+            j = 0 if self.is_shared else member
+            weight = matrix.weight[j].double()
+            if matrix.units is not None:
+                weight = weight * matrix.units[j].double()[:, None]
+            if matrix.adapters is not None:
+                weight = weight.clone()
+                for outputs, own, up in matrix.adapters.ups:
+                    down = matrix.adapters.scales[member, own, None].double() * matrix.adapters.down[own].double()
+                    weight[outputs] += up.double() @ down
+            y = rows @ weight.t()
+            found.append(y if matrix.bias is None else y + matrix.bias[j].double())
+        return torch.stack(found)
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor, members: Any) -> torch.Tensor:
+        chosen = weight if self.is_shared else weight[list(members)]
+        return F.rms_norm(x, x.shape[-1:], None, self.shape.eps) * chosen.double()
+
+    def _attend(self, qkv: Any, layer: LayerWeights, index: int, view: SlotView, members: Any) -> torch.Tensor:
+        num_q, num_kv, size, _, _, window, eps = self.shape
+        keys, values = self.cache.keys[index], self.cache.values[index]
+        y = torch.zeros(*qkv.shape[:2], num_q * size, dtype=torch.float64)
+        assert view.starts is not None
+        for r, (row, start) in enumerate(zip(view.row_ids.tolist(), view.starts.tolist(), strict=True)):
+            choice, place = divmod(r, len(members))
+            whose = 0 if self.is_shared else members[place]
+            for t in range(view.num_new):
+                at, column = choice * view.num_new + t, start + t
+                parts = qkv[place, at].view(num_q + 2 * num_kv, size)
+                queries, news, told = parts.split([num_q, num_kv, num_kv])
+                if layer.norm_q is not None and layer.norm_k is not None:
+                    queries, news = (
+                        F.rms_norm(part, (size,), None, eps) * norm[whose, 0].double()
+                        for part, norm in ((queries, layer.norm_q), (news, layer.norm_k))
+                    )
+                queries, news = (
+                    part * self.cos[column] + part.roll(size // 2, -1) * self.sin[column] for part in (queries, news)
+                )
+                keys[row, :, column], values[row, :, column] = news, told
+                first = 0 if window is None else max(0, column + 1 - window)
+                for q in range(num_q):
+                    kv = q // (num_q // num_kv)
+                    shares = (keys[row, kv, first : column + 1].double() @ queries[q] / size**0.5).softmax(0)
+                    y[place, at, q * size : (q + 1) * size] = shares @ values[row, kv, first : column + 1].double()
+        return y
+
+
+def kept(stack: Stack) -> list[torch.Tensor]:
+    return [storage.clone() for storage in (*stack.cache.keys, *stack.cache.values)]
 
 
 @needs_kernel
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     num_members=st.integers(1, 3),
     slots=st.permutations(range(3)).flatmap(lambda order: st.integers(1, 3).map(lambda n: order[:n])),
     alone=st.booleans(),
     num_new=st.integers(1, 5),
     heads=st.sampled_from([(2, 2, 8), (4, 2, 16), (3, 1, 40), (6, 3, 64), (2, 1, 256)]),
+    kinds=st.tuples(*[st.sampled_from(DTYPES)] * 4),
+    traits=st.fixed_dictionaries({name: st.booleans() for name in ("is_shared", "has_bias", "has_head_norm")}),
     window=st.sampled_from([None, 1, 3, 50]),
     num_threads=st.integers(1, 3),
     data=st.data(),
 )
-def test_attention_is_that_by_hand(
-    num_members: int, slots: list[int], alone: bool, num_new: int, heads: Any, window: Any, num_threads: int, data: Any
+def test_a_pass_is_that_by_hand(
+    num_members: int,
+    slots: list[int],
+    alone: bool,
+    num_new: int,
+    heads: Any,
+    kinds: Any,
+    traits: Any,
+    window: Any,
+    num_threads: int,
+    data: Any,
 ):
-    torch.manual_seed(0)
-    length, (num_q, num_kv, size) = 40, heads
-    cache = SlotCache(num_members, 3, length, [(num_kv, size)], dtype=torch.float32, device=torch.device("cpu"))
-    cache.keys[0].normal_()
-    cache.values[0].normal_()
-    twin = copy.deepcopy(cache)
+    stack = Stack(num_members, heads, kinds=kinds, window=window, **traits)
     member, running = (num_members - 1, 1) if alone else (None, num_members)
     starts = data.draw(st.lists(st.integers(0, 30), min_size=running * len(slots), max_size=running * len(slots)))
-    cos, sin = torch.randn(2, length, size)
-    qkv = torch.randn(running, len(slots) * num_new, (num_q + 2 * num_kv) * size)
-    view = SlotView(cache, slots, member, torch.tensor(starts), num_new)
+    view = SlotView(stack.cache, slots, member, torch.tensor(starts), num_new)
+    x = torch.randn(running, len(slots) * num_new, stack.hidden_size)
+    before = kept(stack)
+    expected = stack.by_hand(x, view, member)
+    by_hand = kept(stack)
+    for storage, old in zip((*stack.cache.keys, *stack.cache.values), before, strict=True):
+        storage.copy_(old)
 
-    y = few_rows.Attend(view, cos, sin, Heads(running, num_q, num_kv, window), num_threads=num_threads)(0, qkv)
+    y = stack.kernel(num_threads)(x.clone(), view, member)
 
-    torch.testing.assert_close(y.double(), read_by_hand(qkv, twin, view, cos, sin, heads, window), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(cache.keys[0], twin.keys[0], rtol=1e-5, atol=1e-6)
-    assert torch.equal(cache.values[0], twin.values[0])
-
-
-@needs_kernel
-def test_attention_beyond_a_slot_or_over_other_heads_is_refused():
-    cache = SlotCache(1, 1, 10, [(2, 8)], dtype=torch.float32, device=torch.device("cpu"))
-    who = Heads(1, 2, 2, None)
-    tables = torch.zeros(2, 10, 8)
-    view = SlotView(cache, [0], None, torch.tensor([8]), 3)
-    with pytest.raises(ValueError, match="11 columns do not fit a slot of 10"):
-        few_rows.Attend(view, *tables, who, num_threads=1)
-    attend = few_rows.Attend(SlotView(cache, [0], None, torch.tensor([8]), 2), *tables, who, num_threads=1)
-    for shape in ((1, 2, 40), (1, 3, 48), (2, 2, 48)):
-        with pytest.raises(ValueError, match="are not what"):
-            attend(0, torch.zeros(shape))
+    torch.testing.assert_close(y.double(), expected, rtol=2e-4, atol=2e-4)
+    for mine, other in zip(kept(stack), by_hand, strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-4, atol=2e-4)
 
 
 @needs_kernel
-@pytest.mark.parametrize("num_threads", [1, 3])
-def test_a_base_and_its_adapters_are_added_up(num_threads: int):
-    torch.manual_seed(0)
-    x, scales = torch.randn(3, 4, 20), torch.randn(3, 6)
-    down, base, ups = torch.randn(6, 20).half(), torch.randn(9, 20).half(), torch.randn(9, 6).half()
-    expected = x @ base.float().t() + (x @ down.float().t() * scales[:, None]) @ ups.float().t()
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_pass_is_the_same_to_the_bit_in_any_company(is_shared: bool):
+    stack = Stack(3, (4, 2, 16), is_shared=is_shared)
+    starts, x = torch.tensor([5, 9, 4, 0, 7, 11, 30, 2, 2]), torch.randn(3, 3, 2, stack.hidden_size)
+    before = kept(stack)
 
-    y = few_rows.multiply_adapted(x, down, scales, torch.cat([base, ups], dim=1), num_threads)
+    def run(chosen: list[int], member: int | None, num_threads: int) -> torch.Tensor:
+        for storage, old in zip((*stack.cache.keys, *stack.cache.values), before, strict=True):
+            storage.copy_(old)
+        own = starts.view(3, 3)[chosen] if member is None else starts.view(3, 3)[chosen, member, None]
+        rows = x[:, chosen] if member is None else x[member : member + 1, chosen]
+        view = SlotView(stack.cache, chosen, member, own.reshape(-1), 2)
+        y = stack.kernel(num_threads)(rows.reshape(len(rows), -1, stack.hidden_size).contiguous(), view, member)
+        return y.view(len(rows), len(chosen), 2, -1)
 
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="do not fit adapters"):
-        few_rows.multiply_adapted(x, down, scales, base, num_threads)
+    together = run([0, 1, 2], None, 2)
+    for slot in range(3):
+        assert torch.equal(run([slot], None, 1)[:, 0], together[:, slot])
+        for member in range(3):
+            assert torch.equal(run([slot], member, 3)[0, 0], together[member, slot])
+
+
+@needs_kernel
+def test_rows_beyond_a_slot_or_over_another_cache_are_refused():
+    stack = Stack(2, (2, 2, 8))
+    kernel, x = stack.kernel(), torch.zeros(2, 3, stack.hidden_size)
+    with pytest.raises(ValueError, match="41 columns do not fit a slot of 40"):
+        kernel(x, SlotView(stack.cache, [0], None, torch.tensor([38, 0]), 3))
+    fits = SlotView(stack.cache, [0], None, torch.tensor([37, 0]), 3)
+    with pytest.raises(ValueError, match="3 rows of 2 specialists are no"):
+        kernel(x[:, :2], fits)
+    with pytest.raises(ValueError, match=r"is no torch.float32 in one piece"):
+        kernel(x.double(), fits)
+    other = Stack(2, (2, 1, 8))
+    with pytest.raises(ValueError, match="of 2 layers is no"):
+        kernel(x, SlotView(other.cache, [0], None, torch.tensor([37, 0]), 3))
+
+
+OUTSIDE = Adapters(torch.zeros(4, 20), [Up(slice(20, 25), slice(0, 4), torch.zeros(5, 4))], torch.zeros(2, 4))
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": Matrix(torch.zeros(2, 48, 23))}, "of qkv are no"),
+        ({"down": Matrix(torch.zeros(2, 24, 20, dtype=torch.int8))}, "of down in torch.int8"),
+        ({"down": Matrix(torch.zeros(2, 24, 20), bias=torch.zeros(24))}, "the bias .* of down"),
+        ({"out": Matrix(torch.zeros(2, 16, 24).transpose(1, 2))}, "in one piece"),
+        ({"norm_in": torch.zeros(3, 1, 24)}, "a norm's weights"),
+        ({"down": Matrix(torch.zeros(2, 24, 20), adapters=OUTSIDE)}, "do not fit down"),
+    ],
+    ids=["shape", "units", "bias", "layout", "norm", "adapters"],
+)
+def test_layers_that_do_not_fit_are_refused_and_not_read(change: dict[str, Any], message: str):
+    stack = Stack(2, (2, 2, 8))
+    stack.layers[1] = stack.layers[1]._replace(**change)
+    with pytest.raises(ValueError, match=message):
+        stack.kernel()
 
 
 def test_a_buffer_in_large_pages_is_an_ordinary_one():

@@ -9,7 +9,7 @@ import torch
 
 from engine_helpers import Heard, assert_answers, finish, greedy, make_engine, run
 from helpers import make_fused, make_mixed, make_model
-from ultrafuser.engine import memory
+from ultrafuser.engine import few_rows, memory
 from ultrafuser.engine.memory import fit_slots, may_pack
 from ultrafuser.engine.options import EngineOptions
 from ultrafuser.engine.slots import SlotCache, SlotView
@@ -62,8 +62,11 @@ def test_what_copies_of_the_weights_will_take_is_not_free(monkeypatch):
 
     assert slots(0.0) == slots(2.0, weights="half") == slots(0.0, weights="half", release_model=True) == 2
     assert slots(1.9, weights="half") < 2
-    assert slots(0.625, drafts=("self",)) == slots(0.0, drafts=("lookup",)) == 2
-    assert slots(0.6, drafts=("self",)) < 2
+    assert slots(0.0, drafts=("lookup",)) == 2
+    for has_kernel, size in ((True, 1.0), (False, 0.625)):  # int8 or int4 for drafts
+        monkeypatch.setattr(few_rows, "has_kernel", lambda told=has_kernel: told)
+        assert slots(size, drafts=("self",)) == 2
+        assert slots(size - 0.025, drafts=("self",)) < 2
     assert slots(4.0, pack=True) == 2  # exact weights are never given back
     assert slots(3.9, pack=True, release_model=True) < 2
 

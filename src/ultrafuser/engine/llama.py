@@ -1,7 +1,8 @@
 """The forward of Llama-like specialists over a slot cache: one specialist, or a stack of equals in one pass.
 
 A specialist alone is a stack of one. What is saved against the layers of transformers: query, key and value are one
-product, so are gate and up projection; rotations are tables; nothing is made that decoding does not read.
+product, so are gate and up projection; rotations are tables; nothing is made that decoding does not read. A pass of few
+rows is one call of our own kernel, where there is one.
 
 Shapes: G specialists of the stack, B choices, T new tokens, R = B * G rows of the cache, H hidden size, D head size,
 V vocabulary.
@@ -9,7 +10,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ultrafuser.engine import few_rows
 from ultrafuser.engine.attention import Heads, TorchAttention
+from ultrafuser.engine.few_rows import Layers, LayerWeights, Shape, own
 from ultrafuser.engine.slots import SlotCache, SlotView
 from ultrafuser.engine.weights import AnyFormat, Product, compute_type, make_product
 
@@ -118,6 +120,7 @@ class LlamaStack:
         self.head = product([[model.get_output_embeddings()] for model in models])
         self.released = release and self.head.is_copy
         self.cos, self.sin = self._rotations(bases[0], length)
+        self.layers = self._layers(config.intermediate_size) if self.has_kernels else None
 
     def _product(
         self, parts: list[list[Any]], form: AnyFormat, *, num_threads: int, pack: bool
@@ -159,29 +162,31 @@ class LlamaStack:
             member: The one that runs, or None for all.
         """
         view = SlotView(cache, slots, member, starts.t().reshape(-1), ids.shape[2])
+        num_members, num_choices, num_new = ids.shape
+        if self.layers is not None and self.layers.takes(view, num_members, num_choices * num_new):
+            x = self._embed(ids, member).to(self.compute_dtype).view(num_members, num_choices * num_new, -1)
+            return self.layers(x, view, member).view(*ids.shape, -1)
         return self.run(ids, view, member)
 
     def run(self, ids: Int[Tensor, "G B T"], view: SlotView, member: int | None = None) -> Float[Tensor, "G B T H"]:
-        """As `hidden`, over rows of a cache that are chosen already."""
+        """As `hidden`, by torch's operations, over rows of a cache that are chosen already."""
         num_members, num_choices, num_new = ids.shape
         is_lean = self.has_kernels and not torch.compiler.is_compiling()
         add_norm, silu_mul = (few_rows.add_norm, few_rows.silu_mul) if is_lean else (_add_norm, _silu_mul)
-        attend = self._attention(view, num_members, is_lean=is_lean and num_choices * num_new <= few_rows.MOST_ROWS)
+        heads = Heads(num_members, self.num_heads, self.num_kv_heads, self.window)
+        attend = TorchAttention(view, self.cos, self.sin, heads)
         x = self._embed(ids, member).to(self.compute_dtype).view(num_members, num_choices * num_new, -1)
 
-        def normed(weight: Tensor, more: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        def normed(weight: Tensor, more: Tensor | None = None) -> Tensor:
             """Of `x`, to which `more` is added."""
-            own = _of_member(weight, member)
-            return add_norm(x, more, own, scale=scale, eps=self.eps, num_threads=self.num_threads)
+            return add_norm(x, more, own(weight, member), eps=self.eps, num_threads=self.num_threads)
 
         h = normed(self.norm_in[0])
         for layer, after in enumerate([*self.norm_in[1:], self.norm_out]):
             qkv = self._normed_heads(layer, self.qkv[layer](h, member), member)
-            h = self.out[layer](attend(layer, qkv), member)
-            h = normed(self.norm_mlp[layer], h, self.out[layer].scale)
+            h = normed(self.norm_mlp[layer], self.out[layer](attend(layer, qkv), member))
             h = silu_mul(self.gate_up[layer](h, member), num_threads=self.num_threads)
-            h = self.down[layer](h, member)
-            h = normed(after, h, self.down[layer].scale)
+            h = normed(after, self.down[layer](h, member))
         return h.view(*ids.shape, -1)
 
     def logits(self, hidden: Float[Tensor, "G M H"], member: int | None = None) -> Float[Tensor, "G M V"]:
@@ -192,12 +197,22 @@ class LlamaStack:
         members = range(self.num_members) if member is None else (member,)
         return torch.stack([self.embeddings[j](own) for j, own in zip(members, ids, strict=True)])
 
-    def _attention(self, view: SlotView, num_members: int, *, is_lean: bool) -> Callable[[int, Tensor], Tensor]:
-        """Attention of one forward."""
-        heads = Heads(num_members, self.num_heads, self.num_kv_heads, self.window)
-        if is_lean and few_rows.can_attend(view, self.num_heads, self.num_kv_heads, self.head_size):
-            return few_rows.Attend(view, self.cos, self.sin, heads, num_threads=self.num_threads)
-        return TorchAttention(view, self.cos, self.sin, heads)
+    def _layers(self, inner_size: int) -> Layers | None:
+        """Passes of few rows by our own kernel, where it reads all that the layers have."""
+        sizes = (self.num_heads, self.num_kv_heads, self.head_size, self.hidden_size, inner_size)
+        shape = Shape(*sizes, self.window, self.eps)
+        layers = []
+        for index in range(len(self.qkv)):
+            products = (self.qkv[index], self.out[index], self.gate_up[index], self.down[index])
+            qkv, out, gate_up, down = (product.matrix for product in products)
+            if qkv is None or out is None or gate_up is None or down is None or not few_rows.can_run(shape):
+                return None
+            norms = [self.norm_in[index], self.norm_mlp[index]]
+            if self.norm_q is not None and self.norm_k is not None:
+                norms += [self.norm_q[index], self.norm_k[index]]
+            layers.append(LayerWeights(qkv, out, gate_up, down, *norms))
+        options = {"num_members": self.num_members, "num_threads": self.num_threads}
+        return Layers(layers, self.norm_out, self.cos, self.sin, shape, **options)
 
     def _normed_heads(self, layer: int, qkv: Float[Tensor, "G M _"], member: int | None) -> Float[Tensor, "G M _"]:
         """Queries and keys normalised head by head, where the architecture does that."""
@@ -206,7 +221,7 @@ class LlamaStack:
         num_q, num_kv = self.num_heads, self.num_kv_heads
         q, k, v = torch.split(qkv.view(*qkv.shape[:2], num_q + 2 * num_kv, self.head_size), [num_q, num_kv, num_kv], 2)
         q, k = (
-            F.rms_norm(heads, heads.shape[-1:], None, self.eps) * _of_member(weights[layer], member)[:, None]
+            F.rms_norm(heads, heads.shape[-1:], None, self.eps) * own(weights[layer], member)[:, None]
             for heads, weights in ((q, self.norm_q), (k, self.norm_k))
         )
         return torch.cat([q, k, v], dim=2).flatten(2)
@@ -220,18 +235,13 @@ class LlamaStack:
         return cos[0], sin[0] * signs
 
 
-def _of_member(weight: Float[Tensor, "G 1 H"], member: int | None) -> Float[Tensor, "_ 1 H"]:
-    """Of the one that runs, or of all; weights that all share stay as they are."""
-    return weight if member is None or len(weight) == 1 else weight[member : member + 1]
-
-
 def _add_norm(
-    x: Float[Tensor, "G M H"], more: Tensor | None, weight: Tensor, *, scale: float, eps: float, num_threads: int
+    x: Float[Tensor, "G M H"], more: Tensor | None, weight: Tensor, *, eps: float, num_threads: int
 ) -> Float[Tensor, "G M H"]:
     """`few_rows.add_norm` by torch."""
     del num_threads
     if more is not None:
-        x.add_(more, alpha=scale)
+        x.add_(more)
     if x.dtype == torch.float32 and not x.is_cuda:  # torch's own takes twice as many operations
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         y: Tensor = x * squares.div_(x.shape[-1]).add_(eps).rsqrt_() * weight

@@ -8,11 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ultrafuser.engine import few_rows
-from ultrafuser.engine.fp16 import keeps_values
 from ultrafuser.engine.llama import is_llama_like
+from ultrafuser.engine.narrow import keeps_values
 from ultrafuser.engine.options import EngineOptions
-from ultrafuser.engine.reduced import is_half_as_fast
-from ultrafuser.engine.shared import is_adapted
 from ultrafuser.engine.weights import can_pack, compute_type
 from ultrafuser.errors import ModelError
 from ultrafuser.model.fused import FusedForCausalLM
@@ -102,13 +100,13 @@ def _bytes_of_copies(model: PreTrainedModel, num_weights: int, options: EngineOp
     first = next(model.parameters())
     if not is_llama_like(model) or first.device.type != "cpu":
         return 0
-    copies_16_bit = keeps_values(first) and (is_adapted(model) or not few_rows.has_kernel())
+    copies_16_bit = keeps_values(first) and not few_rows.has_kernel()
     packed = 4.0 if can_pack(first) else 2.0 if copies_16_bit else 0.0
     own = {"exact": packed if packs else 0.0, "half": 2.0, "int8": 1.0}[options.weights]
     if options.release_model and (options.weights != "exact" or copies_16_bit):
         own = max(own - first.element_size(), 0.0)
-    of_auto = 2.0 if packs and is_half_as_fast() else 0.625
-    drafts = {"auto": of_auto, "int4": 0.625, "half": 2.0, "exact": 0.0}[options.draft_weights]
+    of_auto = 1.0 if few_rows.has_kernel() else 0.625
+    drafts = {"auto": of_auto, "int4": 0.625, "int8": 1.0, "half": 2.0, "exact": 0.0}[options.draft_weights]
     return int((own + (drafts if "self" in options.drafts else 0.0)) * num_weights)
 
 

@@ -1,43 +1,84 @@
-/* What decoding does with a few rows: products with weights, and what stands between them in a Llama-like layer. */
+/* What decoding does with a few rows: products with weights, and the layers of Llama-like models. */
 
 #include <stdint.h>
 #include <string.h>
-#ifdef __F16C__
+#ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 #define LANES 8
+#ifdef __AVX512F__
+#define WIDE 16 /* lanes of a product */
+#else
+#define WIDE 8
+#endif
 #define SHARED 32768 /* numbers from which several threads make them faster than one */
-#define TILE 4 /* outputs: the unit in which threads share the work */
+#define TILE 4 /* outputs: the unit in which threads share the work, and those of a tile */
 
-enum kind { FP32, BF16, FP16 };
+enum kind { FP32, BF16, FP16, INT8 };
 
+typedef float four __attribute__((vector_size(16)));
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec_anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef float wide __attribute__((vector_size(4 * WIDE)));
+typedef float wide_anywhere __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+typedef uint32_t wide_bits __attribute__((vector_size(4 * WIDE)));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDE), aligned(2), may_alias));
+typedef int8_t bytes __attribute__((vector_size(WIDE), aligned(1), may_alias));
 
-/* y[g, m, o] = sum over i of x[g, m, i] * weight[g, o, i], for a few rows m.
+/* y[g, m, o] = sum over i of x[g, m, i] * weight[g, o, i], for a few rows m; of int8 times units[g, o].
 
    Decoding multiplies one to some tens of rows by every weight there is, so the time is that of reading weights, if
    each is read once and in order, whatever the number of rows. So a tile of a few outputs meets all rows while it is
-   in the cache, and threads get neighbouring outputs. Weights are fp32, bf16 or fp16; rows, sums and outputs are fp32.
+   in the cache, and each thread gets a part of the outputs. Weights are fp32, bf16, fp16 or int8; rows, sums and
+   outputs are fp32.
 
    A sum is made in the same order for any number of rows, members and threads: an answer does not depend on which
    others are in its batch. */
 
-INLINE long size_of(enum kind kind) { return kind == FP32 ? 4 : 2; }
+INLINE long size_of(enum kind kind) { return kind == FP32 ? 4 : kind == INT8 ? 1 : 2; }
 
-/* LANES weights in fp32. */
-INLINE vec load(const char *at, enum kind kind) {
-    if (kind == FP32) return *(const vec_anywhere *)at;
-    if (kind == BF16) return (vec)(__builtin_convertvector(*(const halves *)at, bits) << 16);
-#ifdef __F16C__
-    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
+/* A value stays in a register. Compilers like to read it from the cache again for each product, which is slower. */
+#ifdef __x86_64__
+#define KEEP(value) __asm__("" : "+v"(value))
 #else
-    vec values;
-    for (int lane = 0; lane < LANES; lane++) {
+#define KEEP(value)
+#endif
+
+/* Said and not left to the compiler, which rounds once in some tiles and twice in others: sums would depend on them. */
+INLINE wide add_product(wide sum, wide x, wide weight) {
+#if defined(__AVX512F__)
+    return (wide)_mm512_fmadd_ps((__m512)x, (__m512)weight, (__m512)sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (wide)_mm256_fmadd_ps((__m256)x, (__m256)weight, (__m256)sum);
+#else
+    wide product = x * weight;
+    KEEP(product);
+    return sum + product;
+#endif
+}
+
+/* WIDE weights in fp32. */
+INLINE wide load(const char *at, enum kind kind) {
+    if (kind == FP32) return *(const wide_anywhere *)at;
+#if defined(__AVX512F__)
+    if (kind == INT8) return (wide)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));
+    const __m256i read = _mm256_loadu_si256((const __m256i *)at);
+    if (kind == BF16) return (wide)_mm512_slli_epi32(_mm512_cvtepu16_epi32(read), 16);
+    return (wide)_mm512_cvtph_ps(read);
+#elif defined(__AVX2__) && defined(__F16C__)
+    if (kind == INT8) return (wide)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)at)));
+    const __m128i read = _mm_loadu_si128((const __m128i *)at);
+    if (kind == BF16) return (wide)_mm256_slli_epi32(_mm256_cvtepu16_epi32(read), 16);
+    return (wide)_mm256_cvtph_ps(read);
+#else
+    if (kind == INT8) return __builtin_convertvector(*(const bytes *)at, wide);
+    if (kind == BF16) return (wide)(__builtin_convertvector(*(const halves *)at, wide_bits) << 16);
+    wide values;
+    for (int lane = 0; lane < WIDE; lane++) {
         _Float16 half;
         memcpy(&half, at + 2 * lane, 2);
         values[lane] = half;
@@ -46,102 +87,143 @@ INLINE vec load(const char *at, enum kind kind) {
 #endif
 }
 
-/* The last weights of an output, fewer than LANES, filled up with zeros. */
-INLINE vec load_rest(const char *at, long count, enum kind kind) {
-    char copy[4 * LANES] = {0};
+/* The last weights of an output, fewer than WIDE, filled up with zeros. */
+INLINE wide load_rest(const char *at, long count, enum kind kind) {
+    char copy[4 * WIDE] = {0};
     memcpy(copy, at, count * size_of(kind));
     return load(copy, kind);
 }
 
-INLINE float sum_of(vec v) {
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+/* The product of the last inputs and weights. No part of a tile, where their copies would take the registers. */
+static NOINLINE wide rest_product(const float *x, const char *weight, long count, enum kind kind) {
+    return load_rest((const char *)x, count, FP32) * load_rest(weight, count, kind);
 }
 
-/* `rows` by `outs` results; both are constants where this is inlined, so `sums` lies in registers. */
-INLINE void tile(const float *x, const char *weight, float *y, long num_in, long num_out, int rows, int outs,
-                 enum kind kind) {
-    const long size = size_of(kind), stride = num_in * size;
-    vec sums[4][4], parts[4];
-#pragma GCC unroll 4
+/* The same of numbers in fp32, fewer than LANES. */
+INLINE vec rest_of(const float *at, long count) {
+    vec values = {0};
+    memcpy(&values, at, count * sizeof(float));
+    return values;
+}
+
+/* Lane by lane, and not through memory: a value whose address is taken is kept in no register, here and before. */
+INLINE float sum_of(vec v) {
+    const four low = {v[0], v[1], v[2], v[3]}, high = {v[4], v[5], v[6], v[7]}, sums = low + high;
+    return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+}
+
+INLINE float wide_sum_of(wide v) {
+#if WIDE == LANES
+    return sum_of(v);
+#else
+    const vec low = {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
+    const vec high = {v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]};
+    return sum_of(low + high);
+#endif
+}
+
+/* `rows` by `outs` results: of outputs `first`, `first + gap`, ... Rows, outs and kind are constants where this is inlined,
+   so `sums` lies in registers. `weight` and `y` begin at output `first`, `units` at output 0. */
+INLINE void tile(const float *x, const char *weight, const float *units, float *y, long num_in, long num_out,
+                 long first, long gap, int rows, int outs, int reads_ahead, enum kind kind) {
+    const long size = size_of(kind), next = num_in * size, stride = gap * next;
+    wide sums[8][4], parts[4];
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int o = 0; o < outs; o++) sums[r][o] = (vec){0};
+        for (int o = 0; o < outs; o++) sums[r][o] = (wide){0};
     long i = 0;
-    for (; i + LANES <= num_in; i += LANES) {
+    for (; i + WIDE <= num_in; i += WIDE) {
 #pragma GCC unroll 4
         for (int o = 0; o < outs; o++) {
             const char *at = weight + o * stride + i * size;
             parts[o] = load(at, kind);
-            __builtin_prefetch(at + outs * stride, 0, 0); /* what the next tile reads, once: it need not stay */
+            KEEP(parts[o]);
+            if (reads_ahead) __builtin_prefetch(at + next, 0, 0); /* used once: it need not stay */
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
-            const vec values = *(const vec_anywhere *)(x + r * num_in + i);
+            wide values = *(const wide_anywhere *)(x + r * num_in + i);
+            KEEP(values);
 #pragma GCC unroll 4
-            for (int o = 0; o < outs; o++) sums[r][o] += values * parts[o];
+            for (int o = 0; o < outs; o++) sums[r][o] = add_product(sums[r][o], values, parts[o]);
         }
     }
     if (i < num_in) {
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            const vec values = load_rest((const char *)(x + r * num_in + i), num_in - i, FP32);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
             for (int o = 0; o < outs; o++)
-                sums[r][o] += values * load_rest(weight + o * stride + i * size, num_in - i, kind);
-        }
+                sums[r][o] += rest_product(x + r * num_in + i, weight + o * stride + i * size, num_in - i, kind);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int o = 0; o < outs; o++) y[r * num_out + o] = sum_of(sums[r][o]);
+        for (int o = 0; o < outs; o++)
+            y[r * num_out + o * gap] = wide_sum_of(sums[r][o]) * (kind == INT8 ? units[first + o * gap] : 1.0f);
 }
 
-/* All rows by the outputs [first, last) of one member: four rows by two outputs fit into sixteen registers. */
-INLINE void outputs(const float *x, const char *weight, float *y, long num_rows, long num_in, long num_out, long first,
-                    long last, enum kind kind) {
-    const long stride = num_in * size_of(kind);
-    for (long o = first; o < last; o += TILE) {
-        const long outs = last - o < TILE ? last - o : TILE;
-        long r = 0;
-        for (; outs == TILE && num_rows - r >= 4; r += 4)
-            for (long p = 0; p < TILE; p += 2)
-                tile(x + r * num_in, weight + (o + p) * stride, y + r * num_out + o + p, num_in, num_out, 4, 2, kind);
-        const float *rest = x + r * num_in;
-        float *to = y + r * num_out + o;
-        const char *at = weight + o * stride;
-        if (outs < TILE) {
-            for (long p = 0; p < outs; p++)
-                for (r = 0; r < num_rows; r++)
-                    tile(x + r * num_in, at + p * stride, y + r * num_out + o + p, num_in, num_out, 1, 1, kind);
-        } else if (num_rows - r == 3)
-            tile(rest, at, to, num_in, num_out, 3, TILE, kind);
-        else if (num_rows - r == 2)
-            tile(rest, at, to, num_in, num_out, 2, TILE, kind);
-        else if (num_rows - r == 1)
-            tile(rest, at, to, num_in, num_out, 1, TILE, kind);
+/* A tile is a function of its own, for the compiler runs out of registers where several are parts of one. */
+#define DEFINE_TILE(kind, rows, outs)                                                                                  \
+    static NOINLINE void tile_##kind##_##rows##_##outs(const float *x, const char *weight, const float *units,         \
+                                                       float *y, long num_in, long num_out, long first, long gap,      \
+                                                       int reads_ahead) {                                              \
+        tile(x, weight, units, y, num_in, num_out, first, gap, rows, outs, reads_ahead, kind);                         \
     }
-}
 
-static void outputs_fp32(const float *x, const char *weight, float *y, long num_rows, long num_in, long num_out,
-                         long first, long last) {
-    outputs(x, weight, y, num_rows, num_in, num_out, first, last, FP32);
-}
+#define CASE(kind, rows, outs)                                                                                         \
+    case 10 * outs + rows:                                                                                             \
+        tile_##kind##_##rows##_##outs(x + r * num_in, weight + o * stride, units, y + r * num_out + o, num_in,         \
+                                      num_out, o, gap, num_rows > MOST_ROWS);                                          \
+        break;
 
-static void outputs_bf16(const float *x, const char *weight, float *y, long num_rows, long num_in, long num_out,
-                         long first, long last) {
-    outputs(x, weight, y, num_rows, num_in, num_out, first, last, BF16);
-}
+#define MOST_ROWS 6 /* of a tile */
+#if WIDE > LANES     /* registers are twice as many, too */
+#define NUM_STREAMS(num_rows) 4
+#define DEFINE_TILES(kind)                                                                                             \
+    DEFINE_TILE(kind, 1, 4) DEFINE_TILE(kind, 2, 4) DEFINE_TILE(kind, 3, 4)                                            \
+    DEFINE_TILE(kind, 4, 4) DEFINE_TILE(kind, 5, 4) DEFINE_TILE(kind, 6, 4)
+#define CASES(kind)                                                                                                    \
+    CASE(kind, 1, 4) CASE(kind, 2, 4) CASE(kind, 3, 4) CASE(kind, 4, 4) CASE(kind, 5, 4) CASE(kind, 6, 4)
+#else
+#define NUM_STREAMS(num_rows) (num_rows <= 2 ? 4 : 2)
+#define DEFINE_TILES(kind)                                                                                             \
+    DEFINE_TILE(kind, 1, 4) DEFINE_TILE(kind, 2, 4) DEFINE_TILE(kind, 3, 2)                                            \
+    DEFINE_TILE(kind, 4, 2) DEFINE_TILE(kind, 5, 2) DEFINE_TILE(kind, 6, 2)
+#define CASES(kind)                                                                                                    \
+    CASE(kind, 1, 4) CASE(kind, 2, 4) CASE(kind, 3, 2) CASE(kind, 4, 2) CASE(kind, 5, 2) CASE(kind, 6, 2)
+#endif
 
-static void outputs_fp16(const float *x, const char *weight, float *y, long num_rows, long num_in, long num_out,
-                         long first, long last) {
-    outputs(x, weight, y, num_rows, num_in, num_out, first, last, FP16);
-}
+/* All rows by the outputs [first, last) of one member. The outputs of a tile lie a quarter (or half) of them apart, so
+   that weights are read as some streams, each from start to end: neighbours would be read in jumps, a quarter slower.
+   While several blocks of rows meet a tile in the cache memory would rest, so the next one is asked for meanwhile. */
+#define DEFINE_OUTPUTS(kind)                                                                                           \
+    DEFINE_TILE(kind, 1, 1) DEFINE_TILES(kind)                                                                         \
+    static void outputs_##kind(const float *x, const char *weight, const float *units, float *y, long num_rows,        \
+                               long num_in, long num_out, long first, long last) {                                     \
+        const long num_blocks = (num_rows + MOST_ROWS - 1) / MOST_ROWS, num_streams = NUM_STREAMS(num_rows);           \
+        const long stride = num_in * size_of(kind), gap = (last - first) / num_streams;                                \
+        for (long o = first; o < first + gap; o++)                                                                     \
+            for (long block = 0; block < num_blocks; block++) {                                                        \
+                const long r = num_rows * block / num_blocks, rows = num_rows * (block + 1) / num_blocks - r;          \
+                switch (10 * num_streams + rows) { CASES(kind) }                                                       \
+            }                                                                                                          \
+        for (long o = first + num_streams * gap; o < last; o++)                                                        \
+            for (long r = 0; r < num_rows; r++)                                                                        \
+                tile_##kind##_1_1(x + r * num_in, weight + o * stride, units, y + r * num_out + o, num_in, num_out, o, \
+                                  1, 0);                                                                               \
+    }
+
+DEFINE_OUTPUTS(FP32)
+DEFINE_OUTPUTS(BF16)
+DEFINE_OUTPUTS(FP16)
+DEFINE_OUTPUTS(INT8)
 
 /* Part `part` of `num_parts` of the work: outputs of all members, one after another, in units of a tile. */
-static void work(const float *x, const char *weight, float *y, long num_members, long num_rows, long num_in,
-                 long num_out, int kind, int part, int num_parts) {
-    void (*const call[])(const float *, const char *, float *, long, long, long, long, long) = {
-        outputs_fp32, outputs_bf16, outputs_fp16};
+static void work(const float *x, const char *weight, const float *units, float *y, long num_members, long num_rows,
+                 long num_in, long num_out, int kind, int part, int num_parts) {
+    void (*const call[])(const float *, const char *, const float *, float *, long, long, long, long, long) = {
+        outputs_FP32, outputs_BF16, outputs_FP16, outputs_INT8};
     const long per_member = (num_out + TILE - 1) / TILE, num_tiles = num_members * per_member;
     long now = num_tiles * part / num_parts;
     const long end = num_tiles * (part + 1) / num_parts;
@@ -150,36 +232,70 @@ static void work(const float *x, const char *weight, float *y, long num_members,
         const long stop = start + per_member < end ? start + per_member : end;
         const long last = (stop - start) * TILE < num_out ? (stop - start) * TILE : num_out;
         call[kind](x + member * num_rows * num_in, weight + member * num_out * num_in * size_of(kind),
-                   y + member * num_rows * num_out, num_rows, num_in, num_out, (now - start) * TILE, last);
+                   kind == INT8 ? units + member * num_out : units, y + member * num_rows * num_out, num_rows, num_in,
+                   num_out, (now - start) * TILE, last);
         now = stop;
     }
 }
 
-void ultrafuser_few_rows(const float *x, const void *weight, float *y, long num_members, long num_rows, long num_in,
-                         long num_out, int kind, int num_threads) {
+void ultrafuser_few_rows(const float *x, const void *weight, const float *units, float *y, long num_members,
+                         long num_rows, long num_in, long num_out, int kind, int num_threads) {
     if (num_threads == 1) {
-        work(x, weight, y, num_members, num_rows, num_in, num_out, kind, 0, 1);
+        work(x, weight, units, y, num_members, num_rows, num_in, num_out, kind, 0, 1);
         return;
     }
 #pragma omp parallel for num_threads(num_threads) schedule(static, 1)
     for (int part = 0; part < num_threads; part++)
-        work(x, weight, y, num_members, num_rows, num_in, num_out, kind, part, num_threads);
+        work(x, weight, units, y, num_members, num_rows, num_in, num_out, kind, part, num_threads);
 }
 
-/* The same for a base with the adapters of its members in fp16: y = matrix [x; scales * (down x)], where `matrix` has
-   the ranks of all members as further inputs and `scales` [G, ranks] are zero for those of others. `wide` is room for
-   [G * M, num_in + ranks], `lowered` for [G * M, ranks]. */
-void ultrafuser_adapted(const float *x, const void *down, const float *scales, const void *matrix, float *lowered,
-                        float *wide, float *y, long num_members, long num_rows, long num_in, long num_ranks,
-                        long num_out, int num_threads) {
-    const long all = num_members * num_rows, width = num_in + num_ranks;
-    ultrafuser_few_rows(x, down, lowered, 1, all, num_in, num_ranks, FP16, num_threads);
-    for (long row = 0; row < all; row++) {
-        const float *own = scales + row / num_rows * num_ranks;
-        memcpy(wide + row * width, x + row * num_in, num_in * sizeof(float));
-        for (long i = 0; i < num_ranks; i++) wide[row * width + num_in + i] = lowered[row * num_ranks + i] * own[i];
+/* B of the adapters of one layer of a product: which of its outputs they add to, from which of its ranks. */
+struct up {
+    const void *weight; /* [num_out, num_ranks] */
+    long first_out, num_out, first_rank, num_ranks;
+};
+
+#define MOST_UPS 3
+
+/* The linear layers of one product, for all members or one; `weight` may be one for all (a shared base). */
+struct matrix {
+    const void *weight; /* [members, num_out, num_in] */
+    const float *units; /* [members, num_out]: what one of an int8 weight is; else none */
+    const float *bias;  /* [members, num_out], or none */
+    /* Adapters of the members: B (scales * A x), with the ranks of all side by side; scales of others' ranks are 0. */
+    const void *down;    /* A [num_ranks, num_in] */
+    const float *scales; /* [G, num_ranks] */
+    struct up ups[MOST_UPS];
+    long members, num_in, num_out, num_ranks, num_ups;
+    int kind, adapter_kind;
+};
+
+/* y [G, M, num_out] of x [G, M, num_in]; `room` is for [G * M, 2 * num_ranks + num_out] where there are adapters. */
+static void multiply(const struct matrix *a, const float *x, float *y, float *room, long num_members, long num_rows,
+                     int num_threads) {
+    const long all = num_members * num_rows, rows = a->members == 1 ? all : num_rows;
+    ultrafuser_few_rows(x, a->weight, a->units, y, a->members, rows, a->num_in, a->num_out, a->kind, num_threads);
+    if (a->num_ranks) {
+        float *lowered = room, *own = lowered + all * a->num_ranks, *more = own + all * a->num_ranks;
+        ultrafuser_few_rows(x, a->down, 0, lowered, 1, all, a->num_in, a->num_ranks, a->adapter_kind, num_threads);
+        for (const struct up *up = a->ups; up < a->ups + a->num_ups; up++) {
+            for (long row = 0; row < all; row++) {
+                const float *from = lowered + row * a->num_ranks + up->first_rank;
+                const float *scales = a->scales + row / num_rows * a->num_ranks + up->first_rank;
+                for (long i = 0; i < up->num_ranks; i++) own[row * up->num_ranks + i] = from[i] * scales[i];
+            }
+            ultrafuser_few_rows(own, up->weight, 0, more, 1, all, up->num_ranks, up->num_out, a->adapter_kind,
+                                num_threads);
+            for (long row = 0; row < all; row++)
+                for (long i = 0; i < up->num_out; i++)
+                    y[row * a->num_out + up->first_out + i] += more[row * up->num_out + i];
+        }
     }
-    ultrafuser_few_rows(wide, matrix, y, 1, all, width, num_out, FP16, num_threads);
+    if (a->bias)
+        for (long row = 0; row < all; row++) {
+            const float *own = a->bias + (a->members == 1 ? 0 : row / num_rows * a->num_out);
+            for (long i = 0; i < a->num_out; i++) y[row * a->num_out + i] += own[i];
+        }
 }
 
 /* What stands between the products of a Llama-like layer: a call each instead of some twenty operations of torch. */
@@ -206,9 +322,9 @@ INLINE vec exp_of(vec x) {
     return y * (vec)(((bits)shifted << 23) + ((bits){0} + 0x3f800000u));
 }
 
-/* x += scale * more (where there is more), then y = x / sqrt(mean of its squares + eps) * weight, row by row. */
+/* x += more (where there is more), then y = x / sqrt(mean of its squares + eps) * weight, row by row; y may be more. */
 void ultrafuser_add_norm(float *x, const float *more, const float *weight, float *y, long num_members, long num_rows,
-                         long size, long weight_members, float scale, float eps, int num_threads) {
+                         long size, long weight_members, float eps, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && num_members * num_rows * size > SHARED)
     for (long row = 0; row < num_members * num_rows; row++) {
         float *own = x + row * size, *to = y + row * size;
@@ -218,11 +334,11 @@ void ultrafuser_add_norm(float *x, const float *more, const float *weight, float
         long i = 0;
         for (; i + LANES <= size; i += LANES) {
             vec values = *(vec_anywhere *)(own + i);
-            if (more) *(vec_anywhere *)(own + i) = values += *(const vec_anywhere *)(more + row * size + i) * scale;
+            if (more) *(vec_anywhere *)(own + i) = values += *(const vec_anywhere *)(more + row * size + i);
             squares += values * values;
         }
         for (; i < size; i++) {
-            if (more) own[i] += more[row * size + i] * scale;
+            if (more) own[i] += more[row * size + i];
             rest += own[i] * own[i];
         }
         const float factor = 1.0f / __builtin_sqrtf((sum_of(squares) + rest) / size + eps);
@@ -243,8 +359,8 @@ void ultrafuser_silu_mul(const float *gate_up, float *y, long num_rows, long siz
                 g = *(const vec_anywhere *)(gate + i);
                 u = *(const vec_anywhere *)(up + i);
             } else {
-                g = load_rest((const char *)(gate + i), count, FP32);
-                u = load_rest((const char *)(up + i), count, FP32);
+                g = rest_of(gate + i, count);
+                u = rest_of(up + i, count);
             }
             const vec done = g / (1.0f + exp_of(-g)) * u;
             memcpy(to + i, &done, count * sizeof(float));
@@ -253,11 +369,11 @@ void ultrafuser_silu_mul(const float *gate_up, float *y, long num_rows, long siz
 }
 
 /* Positions as angles: x * cos + (x, half a turn on) * sin. */
-INLINE void turn(const float *x, const float *cosines, const float *sines, float *y, long size, float scale) {
+INLINE void turn(const float *x, const float *cosines, const float *sines, float *y, long size) {
     const long half = size / 2;
     for (long i = 0; i < half; i++) {
-        y[i] = (x[i] * cosines[i] + x[i + half] * sines[i]) * scale;
-        y[i + half] = (x[i + half] * cosines[i + half] + x[i] * sines[i + half]) * scale;
+        y[i] = x[i] * cosines[i] + x[i + half] * sines[i];
+        y[i + half] = x[i + half] * cosines[i + half] + x[i] * sines[i + half];
     }
 }
 
@@ -290,28 +406,45 @@ INLINE void weigh(const float *values, const float *shares, float *y, long count
     for (int b = 0; b < blocks; b++) *(vec_anywhere *)(y + b * LANES) = sums[b] * factor;
 }
 
+/* Attention of one layer. */
 struct attention {
     const float *qkv;               /* [G, B * T, (Q + 2 K) * D] */
+    const float *norm_q, *norm_k;   /* [G or 1, D]: weights of a norm of each head, or none */
     const float *cosines, *sines;   /* [positions, D]; the sine has the sign of the rotation */
     float *keys, *values;           /* [rows of the cache, K, L, D] */
     const int64_t *rows, *starts;   /* [B * G], members varying fastest: of the cache, and columns it holds */
     float *y;                       /* [G, B * T, Q * D] */
     float *scores;                  /* [threads, L], filled up to whole vectors */
     long num_members, num_choices, num_new, num_heads, num_kv_heads, size, length;
-    long window; /* columns that a token sees, itself included; 0: all */
+    long window;       /* columns that a token sees, itself included; 0: all */
+    long norm_members; /* whose norms there are: G, or 1 for all */
+    float eps;
 };
+
+#define LARGEST_HEAD 256
+
+/* One head: normalised where there are weights for it, then turned to its position. */
+INLINE void place(const struct attention *a, const float *own, const float *norm, long member, long column, float *to) {
+    float normed[LARGEST_HEAD];
+    if (norm) {
+        ultrafuser_add_norm((float *)own, 0, norm + (a->norm_members > 1 ? member * a->size : 0), normed, 1, 1, a->size,
+                            1, a->eps, 1);
+        own = normed;
+    }
+    turn(own, a->cosines + column * a->size, a->sines + column * a->size, to, a->size);
+}
 
 /* All new tokens of one row by one head of keys and values: what is new joins the cache, then queries read it. */
 static void attend(const struct attention *a, long row, long head, float *scores) {
     const long size = a->size, share = a->num_heads / a->num_kv_heads, start = a->starts[row];
-    const long width = (a->num_heads + 2 * a->num_kv_heads) * size;
-    const long first = (row % a->num_members * a->num_choices + row / a->num_members) * a->num_new;
-    const long place = (a->rows[row] * a->num_kv_heads + head) * a->length * size;
-    float *keys = a->keys + place, *values = a->values + place;
+    const long width = (a->num_heads + 2 * a->num_kv_heads) * size, member = row % a->num_members;
+    const long first = (member * a->num_choices + row / a->num_members) * a->num_new;
+    const long slot = (a->rows[row] * a->num_kv_heads + head) * a->length * size;
+    float *keys = a->keys + slot, *values = a->values + slot;
     for (long t = 0; t < a->num_new; t++) {
         const float *own = a->qkv + (first + t) * width + (a->num_heads + head) * size;
         const long column = start + t;
-        turn(own, a->cosines + column * size, a->sines + column * size, keys + column * size, size, 1.0f);
+        place(a, own, a->norm_k, member, column, keys + column * size);
         memcpy(values + column * size, own + a->num_kv_heads * size, size * sizeof(float));
     }
     const float scale = 1.0f / __builtin_sqrtf((float)size);
@@ -319,16 +452,16 @@ static void attend(const struct attention *a, long row, long head, float *scores
         const long column = start + t, end = column + 1;
         const long from = a->window && end > a->window ? end - a->window : 0, count = end - from;
         for (long q = head * share; q < (head + 1) * share; q++) {
-            float query[256], total = 0;
-            turn(a->qkv + (first + t) * width + q * size, a->cosines + column * size, a->sines + column * size, query,
-                 size, scale);
+            float query[LARGEST_HEAD], total = 0;
+            place(a, a->qkv + (first + t) * width + q * size, a->norm_q, member, column, query);
+            for (long d = 0; d < size; d++) query[d] *= scale;
             const float most = scores_of(query, keys + from * size, scores, count, size);
             long i = 0;
             vec sums = {0};
             for (; i + LANES <= count; i += LANES)
                 sums += *(vec_anywhere *)(scores + i) = exp_of(*(vec_anywhere *)(scores + i) - most);
             if (i < count) {
-                const vec last = exp_of(load_rest((const char *)(scores + i), count - i, FP32) - most);
+                const vec last = exp_of(rest_of(scores + i, count - i) - most);
                 memcpy(scores + i, &last, (count - i) * sizeof(float));
                 for (long lane = 0; lane < count - i; lane++) total += last[lane];
             }
@@ -342,10 +475,55 @@ static void attend(const struct attention *a, long row, long head, float *scores
     }
 }
 
-void ultrafuser_attend(const struct attention *a, int num_threads) {
+static void attend_all(const struct attention *a, int num_threads) {
     const long units = a->num_choices * a->num_members * a->num_kv_heads, room = a->length + LANES;
 #pragma omp parallel for num_threads(num_threads) schedule(static, 1) if (num_threads > 1)
     for (int part = 0; part < num_threads; part++)
         for (long u = units * part / num_threads; u < units * (part + 1) / num_threads; u++)
             attend(a, u / a->num_kv_heads, u % a->num_kv_heads, a->scores + part * room);
+}
+
+struct layer {
+    struct matrix qkv, out, gate_up, down;
+    const float *norm_in, *norm_mlp; /* [G or 1, H] */
+    const float *norm_q, *norm_k;    /* [G or 1, D], or none */
+};
+
+/* All layers of a stack of Llama-like models: one call where Python would make some two hundred, each of them with its
+   instructions and data thrown out of the caches by the weights that were read since the last. */
+struct pass {
+    const struct layer *layers;
+    const float *norm_out;        /* [G or 1, H] */
+    float *const *keys, *const *values; /* of each layer, as in `attention` */
+    float *x;                     /* [G, M, H]: embedded tokens; afterwards the residual stream */
+    float *y;                     /* [G, M, H]: last hidden states */
+    float *wide, *narrow, *room;  /* [G, M, max((Q + 2 K) D, 2 F)], [G, M, max(Q D, F)], and for `multiply` */
+    struct attention attention;   /* what all layers have in common */
+    long num_layers, hidden_size, inner_size, norm_members;
+    float eps;
+};
+
+void ultrafuser_run(const struct pass *p, int num_threads) {
+    const long members = p->attention.num_members, rows = p->attention.num_choices * p->attention.num_new;
+    const long size = p->hidden_size;
+    struct attention a = p->attention;
+    a.qkv = p->wide;
+    a.y = p->narrow;
+    ultrafuser_add_norm(p->x, 0, p->layers[0].norm_in, p->y, members, rows, size, p->norm_members, p->eps, num_threads);
+    for (long i = 0; i < p->num_layers; i++) {
+        const struct layer *own = p->layers + i;
+        const float *norm_after = i + 1 < p->num_layers ? own[1].norm_in : p->norm_out;
+        multiply(&own->qkv, p->y, p->wide, p->room, members, rows, num_threads);
+        a.keys = p->keys[i];
+        a.values = p->values[i];
+        a.norm_q = own->norm_q;
+        a.norm_k = own->norm_k;
+        attend_all(&a, num_threads);
+        multiply(&own->out, p->narrow, p->y, p->room, members, rows, num_threads);
+        ultrafuser_add_norm(p->x, p->y, own->norm_mlp, p->y, members, rows, size, p->norm_members, p->eps, num_threads);
+        multiply(&own->gate_up, p->y, p->wide, p->room, members, rows, num_threads);
+        ultrafuser_silu_mul(p->wide, p->narrow, members * rows, p->inner_size, num_threads);
+        multiply(&own->down, p->narrow, p->y, p->room, members, rows, num_threads);
+        ultrafuser_add_norm(p->x, p->y, norm_after, p->y, members, rows, size, p->norm_members, p->eps, num_threads);
+    }
 }

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of weights
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # of weights
 _SOURCE = Path(__file__).with_name("native.c")
 _OPTIONS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _COMPILERS = ("gcc", "cc", "clang")
@@ -31,14 +31,63 @@ _TIMEOUT = 60.0  # seconds
 _LOG = logging.getLogger(__name__)
 
 
+def _pointers(*names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+def _wholes(*names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_long) for name in names]
+
+
+class Up(ctypes.Structure):
+    """`struct up` of the source."""
+
+    _fields_ = [*_pointers("weight"), *_wholes("first_out", "num_out", "first_rank", "num_ranks")]
+
+
+MOST_UPS = 3
+
+
+class Matrix(ctypes.Structure):
+    """`struct matrix` of the source."""
+
+    _fields_ = [
+        *_pointers("weight", "units", "bias", "down", "scales"),
+        ("ups", Up * MOST_UPS),
+        *_wholes("members", "num_in", "num_out", "num_ranks", "num_ups"),
+        ("kind", ctypes.c_int),
+        ("adapter_kind", ctypes.c_int),
+    ]
+
+
 class Attention(ctypes.Structure):
     """`struct attention` of the source."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("qkv", "cosines", "sines", "keys", "values")),
-        *((name, ctypes.c_void_p) for name in ("rows", "starts", "y", "scores")),
-        *((name, ctypes.c_long) for name in ("num_members", "num_choices", "num_new")),
-        *((name, ctypes.c_long) for name in ("num_heads", "num_kv_heads", "size", "length", "window")),
+        *_pointers("qkv", "norm_q", "norm_k", "cosines", "sines", "keys", "values", "rows", "starts", "y", "scores"),
+        *_wholes("num_members", "num_choices", "num_new", "num_heads", "num_kv_heads", "size", "length", "window"),
+        *_wholes("norm_members"),
+        ("eps", ctypes.c_float),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """`struct layer` of the source."""
+
+    _fields_ = [
+        *((name, Matrix) for name in ("qkv", "out", "gate_up", "down")),
+        *_pointers("norm_in", "norm_mlp", "norm_q", "norm_k"),
+    ]
+
+
+class Pass(ctypes.Structure):
+    """`struct pass` of the source."""
+
+    _fields_ = [
+        *_pointers("layers", "norm_out", "keys", "values", "x", "y", "wide", "narrow", "room"),
+        ("attention", Attention),
+        *_wholes("num_layers", "hidden_size", "inner_size", "norm_members"),
+        ("eps", ctypes.c_float),
     ]
 
 
@@ -46,10 +95,9 @@ class Kernels(NamedTuple):
     """The functions of the library, or why there are none."""
 
     few_rows: Any = None
-    adapted: Any = None
     add_norm: Any = None
     silu_mul: Any = None
-    attend: Any = None
+    run: Any = None
     reason: str = ""
 
 
@@ -99,10 +147,13 @@ def check_product(few_rows: Any) -> None:
     for dtype, kind in KINDS.items():
         for num_rows, num_in, num_out in ((1, 24, 8), (3, 13, 6), (7, 40, 9)):
             x = torch.randn((2, num_rows, num_in), generator=generator)
-            weight = torch.randn((2, num_out, num_in), generator=generator).to(dtype)
+            weight = torch.randn((2, num_out, num_in), generator=generator).mul_(9).to(dtype)
+            units = torch.rand((2, num_out), generator=generator) if dtype == torch.int8 else torch.ones(2, num_out)
             y = torch.empty((2, num_rows, num_out))
-            few_rows(x.data_ptr(), weight.data_ptr(), y.data_ptr(), 2, num_rows, num_in, num_out, kind, 1)
-            if not torch.allclose(y, torch.bmm(x, weight.float().transpose(1, 2)), rtol=1e-4, atol=1e-4):
+            pointers = (x.data_ptr(), weight.data_ptr(), units.data_ptr(), y.data_ptr())
+            few_rows(*pointers, 2, num_rows, num_in, num_out, kind, 1)
+            expected = torch.bmm(x, weight.float().transpose(1, 2)) * units[:, None]
+            if not torch.allclose(y, expected, rtol=1e-4, atol=1e-3):
                 raise MissingError(f"what the compiler made of it multiplies {dtype} wrongly")
 
 
@@ -166,13 +217,12 @@ def _compile(file: Path) -> None:
 
 def _bound(library: Any) -> Kernels:
     """The functions with the types of their arguments."""
-    pointer, whole, number, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+    pointer, whole, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     types = {
-        "few_rows": [*[pointer] * 3, *[whole] * 4, *[number] * 2],
-        "adapted": [*[pointer] * 7, *[whole] * 5, number],
-        "add_norm": [*[pointer] * 4, *[whole] * 4, *[real] * 2, number],
+        "few_rows": [*[pointer] * 4, *[whole] * 4, *[number] * 2],
+        "add_norm": [*[pointer] * 4, *[whole] * 4, ctypes.c_float, number],
         "silu_mul": [*[pointer] * 2, *[whole] * 2, number],
-        "attend": [ctypes.POINTER(Attention), number],
+        "run": [ctypes.POINTER(Pass), number],
     }
     functions = {}
     for name, arguments in types.items():

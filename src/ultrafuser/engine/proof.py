@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ultrafuser.engine.backbones import Backbone
+from ultrafuser.engine.few_rows import MOST_ROWS
+from ultrafuser.engine.narrow import rounds_many_rows
 from ultrafuser.engine.slots import SlotCache
 from ultrafuser.errors import ModelError
 from ultrafuser.model.backbone import head_logits, last_hidden_state
@@ -35,7 +37,7 @@ class Proof:
         expected: Logits [T, V] of every model and text.
         kinds: Of the models.
         names: Theirs.
-        dtype: In which they computed.
+        dtype: In which they computed, or the engine will some of it.
     """
 
     ids: Int[Tensor, "G B T"]
@@ -74,7 +76,8 @@ def ask_models(
         [_own_logits(model, ids[j, row, :n], in_fp32) for row, n in enumerate(lengths)]
         for j, model in enumerate(models)
     ]
-    dtype = torch.float32 if in_fp32 else models[0].dtype
+    is_rounded = longest > MOST_ROWS and rounds_many_rows(models[0].get_output_embeddings().weight)
+    dtype = torch.float32 if in_fp32 and not is_rounded else models[0].dtype
     return Proof(ids, lengths, expected, [type(model).__name__ for model in models], list(names), dtype)
 
 

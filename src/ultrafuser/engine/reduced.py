@@ -1,7 +1,7 @@
-"""Reduced weights: fewer bytes a weight, through our own kernel (fp16) and those that torch brings.
+"""Reduced weights: fewer bytes a weight, through our own kernel (fp16, int8) and those that torch brings.
 
 Decoding is as fast as weights are read, so fewer bytes are more tokens. `half` and `int8` may stand in for exact
-weights (measured, they beat what torchao does without a compiler); `int4` is for drafts, whose mistakes only cost time.
+weights; drafts, whose mistakes only cost time, are written by `int8`, or by `int4` where there is no kernel.
 
 Shapes: M rows, I inputs, O outputs.
 """
@@ -14,7 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultrafuser.engine.fp16 import Fp16Matrix, has_fp16_kernels
+from ultrafuser.engine import few_rows
+from ultrafuser.engine.few_rows import Matrix, own
+from ultrafuser.engine.fp16 import Fp16Matrix, has_fbgemm
+from ultrafuser.engine.narrow import multiply_narrow
+from ultrafuser.engine.native import in_large_pages
 from ultrafuser.errors import ConfigError
 
 _GROUP = 32  # inputs that share a scale in int4
@@ -23,87 +27,111 @@ _FEW_INT8_ROWS = 8  # above that its kernel is slower than reading the weight ba
 
 
 class HalfProduct:
-    """Weights in fp16, inputs and sums in fp32 (`Fp16Matrix`): half the bytes; four rows cost as one.
+    """Weights in fp16, inputs and sums in fp32: half the bytes.
 
     Args:
         parts: As for `ExactProduct`; their parameters are left alone.
         num_threads: Of torch.
-        is_scaled: As for `Fp16Matrix`: weights in bf16 or fp16 then are what they were.
+        is_scaled: Times a power of two, which loses nothing of bf16 and fp16 (`Fp16Matrix`); without our kernel only.
 
     Raises:
         ConfigError: There is no kernel for fp16, or a weight does not fit into it.
     """
 
     is_copy = True
-    scale = 1.0
 
     def __init__(
         self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int | None = None, is_scaled: bool = False
     ) -> None:
-        threads = num_threads or torch.get_num_threads()
-        self.packed = [Fp16Matrix(*joined(linears), num_threads=threads, is_scaled=is_scaled) for linears in parts]
-        self.num_bytes = sum(matrix.num_bytes for matrix in self.packed)
+        self.num_threads = num_threads or torch.get_num_threads()
+        if not (few_rows.has_kernel() or has_fbgemm()):
+            raise ConfigError(
+                "weights in half need a C compiler, or torch's FBGEMM kernels, which this build lacks: use exact ones"
+            )
+        if not is_scaled and not all(fits_fp16(linear.weight) for linears in parts for linear in linears):
+            raise ConfigError("a weight is too large for fp16: use exact weights")
+        self.matrix: Matrix | None = None
+        self.packed: list[Fp16Matrix] = []
+        if few_rows.has_kernel():
+            self.matrix = _in_one_buffer(parts, torch.float16)
+        else:
+            self.packed = [
+                Fp16Matrix(*joined(linears), num_threads=self.num_threads, is_scaled=is_scaled) for linears in parts
+            ]
+        self.num_bytes = 2 * sum(linear.weight.numel() for linears in parts for linear in linears)
 
     def __call__(self, x: Tensor, member: int | None = None) -> Tensor:
+        if self.matrix is not None:
+            return multiply_matrix(x, self.matrix, member, num_threads=self.num_threads)
         packed = self.packed if member is None else self.packed[member : member + 1]
         rows = [matrix(part) for part, matrix in zip(x.float(), packed, strict=True)]
         return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 
 
 class Int8Product:
-    """Weights in int8 with a scale for every output, inputs in bf16, sums in fp32: half the bytes of `HalfProduct`.
+    """Weights in int8 with a scale for every output, inputs and sums in fp32: half the bytes of `HalfProduct`.
 
-    Not faster than that one: it is for models that would not fit. Many rows are multiplied by the weight read back.
+    Without our own kernel torch's is called, which rounds inputs to bf16; many rows are multiplied by the weight read
+    back.
 
     Args:
         parts: As for `ExactProduct`; their parameters are left alone.
+        num_threads: Of torch.
 
     Raises:
         ConfigError: A layer's inputs are no multiple of 16, which torch's kernel needs and does not check.
     """
 
     is_copy = True
-    scale = 1.0
 
-    def __init__(self, parts: Sequence[Sequence[nn.Linear]]) -> None:
-        self.packed: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self.num_bytes = 0
-        for linears in parts:
-            weight, bias = joined(linears)
-            if weight.shape[1] % 16:
-                raise ConfigError(
-                    f"weights in int8 need inputs in sixteens and a layer has {weight.shape[1]}: use half"
-                )
-            scales = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
-            codes = (weight / scales[:, None]).round().to(torch.int8)
-            self.packed.append((codes, scales, bias))
-            self.num_bytes += weight.numel()
+    def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int | None = None) -> None:
+        self.num_threads = num_threads or torch.get_num_threads()
+        num_in = parts[0][0].in_features
+        if num_in % 16 and not few_rows.has_kernel():
+            raise ConfigError(f"weights in int8 need inputs in sixteens and a layer has {num_in}: use half")
+        found = _in_one_buffer(parts, torch.int8)
+        self.codes, self.units, self.bias = found.weight, found.units, found.bias
+        self.matrix = found if few_rows.has_kernel() else None
+        self.num_bytes = self.codes.numel()
 
     def __call__(self, x: Tensor, member: int | None = None) -> Tensor:
-        packed = self.packed if member is None else self.packed[member : member + 1]
-        rows = [self._multiply(part.float(), *weights) for part, weights in zip(x, packed, strict=True)]
-        return torch.stack(rows) if len(rows) > 1 else rows[0][None]
+        if self.matrix is not None or x.shape[1] > _FEW_INT8_ROWS:
+            whole = Matrix(self.codes, self.units, self.bias)
+            return multiply_matrix(x, whole, member, num_threads=self.num_threads)
+        assert self.units is not None
+        members = range(len(self.codes)) if member is None else (member,)
+        y = torch.stack(
+            [
+                torch.ops.aten._weight_int8pack_mm(part.bfloat16(), self.codes[j], self.units[j].bfloat16()).float()
+                for part, j in zip(x, members, strict=True)
+            ]
+        )
+        return y if self.bias is None else y.add_(own(self.bias, member)[:, None])
 
-    @staticmethod
-    def _multiply(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        if len(x) <= _FEW_INT8_ROWS:
-            y: Tensor = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), codes, scales.bfloat16()).float()
-        else:
-            y = torch.nn.functional.linear(x, codes.float()) * scales
-        return y if bias is None else y + bias
+
+def multiply_matrix(x: Tensor, matrix: Matrix, member: int | None, *, num_threads: int) -> Tensor:
+    """[G, M, I] times weights in few bits; with `member` of one specialist."""
+    units = None if matrix.units is None else own(matrix.units, member)
+    y = multiply_narrow(x.float(), own(matrix.weight, member), num_threads=num_threads, units=units)
+    return y if matrix.bias is None else y.add_(own(matrix.bias, member)[:, None])
+
+
+def fits_fp16(weight: Tensor) -> bool:
+    """Whether no number is too large for fp16."""
+    return not weight.numel() or float(weight.detach().abs().amax()) <= torch.finfo(torch.float16).max
 
 
 class Int4Product:
     """Weights in int4 with a scale and a zero for every 32 inputs of an output, inputs and outputs in bf16: for drafts.
 
-    A sixth of fp32's bytes, and for one row about twice as fast as `HalfProduct`.
+    A sixth of fp32's bytes.
 
     Args:
         parts: As for `ExactProduct`; their parameters are left alone.
     """
 
     is_copy = True
-    scale = 1.0
+    matrix: Matrix | None = None  # our own kernel does not read it
 
     def __init__(self, parts: Sequence[Sequence[nn.Linear]]) -> None:
         self.packed: list[tuple[Tensor, Tensor, Tensor | None]] = []
@@ -136,12 +164,20 @@ def is_int4_fast() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
-def is_half_as_fast() -> bool:
-    """Whether a row in half takes hardly longer than in int4, as on AVX2, where int4 spends on unpacking what it saves.
-
-    Guesses in half are then better: measured, one in twenty-five was wrong, of int4 one in ten (`docs/results.md`).
-    """
-    return has_fp16_kernels() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+def _in_one_buffer(parts: Sequence[Sequence[nn.Linear]], dtype: torch.dtype) -> Matrix:
+    """Weights of a group in fp16 or int8, as our kernel reads them."""
+    num_out, num_in = sum(linear.out_features for linear in parts[0]), parts[0][0].in_features
+    weight = in_large_pages(torch.empty((len(parts), num_out, num_in), dtype=dtype))
+    units = torch.empty((len(parts), num_out)) if dtype == torch.int8 else None
+    biases = []
+    for j, linears in enumerate(parts):
+        values, bias = joined(linears)
+        biases.append(bias)
+        if units is not None:
+            units[j] = values.abs().amax(dim=1).clamp(min=1e-8) / 127
+            values = values.div_(units[j][:, None]).round_()
+        weight[j].copy_(values)
+    return Matrix(weight, units, None if biases[0] is None else torch.stack([b for b in biases if b is not None]))
 
 
 def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ultrafuser.engine import few_rows
 from ultrafuser.engine.backbones import Backbone, ModelBackbone
 from ultrafuser.engine.graphs import StepGraphs
 from ultrafuser.engine.llama import LlamaStack, can_stack, is_llama_like
 from ultrafuser.engine.proof import ask_models, check_backbone
-from ultrafuser.engine.reduced import is_half_as_fast, is_int4_fast
+from ultrafuser.engine.reduced import is_int4_fast
 from ultrafuser.engine.shared import SharedStack, has_known_adapters, have_one_base, is_adapted
 from ultrafuser.engine.slots import SlotCache
-from ultrafuser.engine.weights import DraftWeights, WeightFormat, is_widened
+from ultrafuser.engine.weights import AnyFormat, DraftWeights, WeightFormat, is_widened
 from ultrafuser.errors import ConfigError
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.fusion import fuse_logits, gate_weights, uniform_scores
@@ -75,8 +76,8 @@ class Runner:
         margin: Columns beyond that, which shorter rows of a block may fill with rubbish.
         kind: "stacked" runs equal specialists in one pass, "sequential" never does, "auto" does where it is faster.
         form: Format of the weights; others than "exact" need Llama-like specialists on the CPU.
-        draft_form: Format of the weights with which specialists run ahead; "auto" is int4 where it is fast,
-            or half where that is as fast and weights may be copied.
+        draft_form: Format of the weights with which specialists run ahead; "auto" is int8 where our own kernel is,
+            or int4 where torch's is fast.
         draft: A small model of the same vocabulary that drafts.
         static_shapes: Run steps of few tokens in constant shapes; None does so on CUDA.
         pack: Copy exact weights where that makes them faster.
@@ -104,6 +105,7 @@ class Runner:
     ) -> None:
         self.model = model
         self.num_specialists = len(model.names)
+        self._gate_device = next(model.fusion_gate.parameters()).device
         models = [*model.specialists.values(), *([draft] if draft is not None else [])]
         labels = [*model.names, *(["draft"] if draft is not None else [])]
         length = max_context + margin
@@ -111,7 +113,7 @@ class Runner:
         self._place: list[tuple[_Group, int]] = []  # of each view: its group, and which member it is there
         grouped = _grouped(models, self.num_specialists, kind)
         is_lean = all(stack is not None for views, stack in grouped if views[0] < self.num_specialists)
-        self.draft_form = _draft_form(draft_form, form, models[: self.num_specialists], is_lean, pack)
+        self.draft_form = _draft_form(draft_form, form, models[: self.num_specialists], is_lean)
         weights = _Weights(form, pack, release, static_shapes)
         for views, stack in grouped:
             drafts = self.draft_form if views[0] < self.num_specialists else "exact"
@@ -190,11 +192,17 @@ class Runner:
         first = next(iter(hidden.values()))
         if self.model.config.weighting != "gate":
             return uniform_scores(first, self.num_specialists)
-        gate, names = self.model.fusion_gate, self.model.names
-        device = first.device
-        scores = [gate.score(hidden[view].to(gate_device(gate)), names[view]).to(device) for view in sorted(hidden)]
+        gate, names, views = self.model.fusion_gate, self.model.names, sorted(hidden)
+        states = [hidden[view].to(self._gate_device) for view in views]
+        if gate.projections:
+            scores = torch.stack([gate.score(own, names[view]) for own, view in zip(states, views, strict=True)])
+        else:  # one call for all: a small model's steps are as short as a few calls of a module
+            scores = gate.score(torch.stack(states), names[0])
+        scores = scores.t().to(first.device)
+        if len(views) == self.num_specialists:
+            return scores
         full = first.new_zeros((len(first), self.num_specialists), dtype=torch.float32)
-        full[:, sorted(hidden)] = torch.stack(scores, dim=-1)
+        full[:, views] = scores
         return full
 
     def weights(
@@ -221,18 +229,13 @@ class Runner:
         return fuse_logits(logits, weights[:, views], self.model.config.fusion_space)
 
 
-def gate_device(gate: torch.nn.Module) -> torch.device:
-    """Where the gate is."""
-    return next(gate.parameters()).device
-
-
 def _make_group(
     views: list[int],
     stack: type[LlamaStack] | None,
     models: Sequence[PreTrainedModel],
     names: Sequence[str],
     weights: _Weights,
-    draft_form: Literal["exact", "half", "int4"],
+    draft_form: AnyFormat,
     *,
     num_slots: int,
     length: int,
@@ -274,29 +277,23 @@ def _make_group(
 
 
 def _draft_form(
-    wanted: DraftWeights, form: WeightFormat, specialists: Sequence[PreTrainedModel], is_lean: bool, pack: bool
-) -> Literal["exact", "half", "int4"]:
+    wanted: DraftWeights, form: WeightFormat, specialists: Sequence[PreTrainedModel], is_lean: bool
+) -> AnyFormat:
     """The format of drafts: exact, too, where the weights themselves are in the wanted one."""
     if wanted in ("exact", form):
         return "exact"
+    is_16_bit_fast = few_rows.has_kernel()
     fits = is_lean and all(
-        model.device.type == "cpu" and (form != "exact" or model.dtype == torch.float32) for model in specialists
+        model.device.type == "cpu" and (form != "exact" or model.dtype == torch.float32 or is_16_bit_fast)
+        for model in specialists
     )
     if wanted == "auto":
-        if not fits or not is_int4_fast():
-            return "exact"
-        fits_half = pack and is_half_as_fast() and all(map(_fits_fp16, specialists))
-        return ("exact" if form == "half" else "half") if fits_half else "int4"
+        best: AnyFormat = "int8" if few_rows.has_kernel() else "int4"
+        is_fast = best == "int8" or is_int4_fast()
+        return best if fits and is_fast and form != "int8" else "exact"
     if not fits:
         raise ConfigError(f"drafts in {wanted} take Llama-like specialists in fp32 on the CPU: use auto or exact")
-    return cast(Literal["half", "int4"], wanted)
-
-
-def _fits_fp16(model: PreTrainedModel) -> bool:
-    """Whether no weight is too large, nor none at all."""
-    return all(
-        float(p.detach().abs().amax()) <= torch.finfo(torch.float16).max for p in model.parameters() if p.dim() == 2
-    )
+    return wanted
 
 
 def _grouped(

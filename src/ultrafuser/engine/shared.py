@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ultrafuser.engine.fp16 import keeps_values
+from ultrafuser.engine.few_rows import Matrix
 from ultrafuser.engine.llama import LlamaStack
-from ultrafuser.engine.low_rank import JoinedFp16, LowRank, base_of, has_adapter, lay_out
+from ultrafuser.engine.low_rank import LowRank, base_of, has_adapter, lay_out
 from ultrafuser.engine.weights import AnyFormat, Product, make_product
 from ultrafuser.model.lora import ADAPTER_NAME, lora_layers
 
@@ -35,10 +35,11 @@ class SharedProduct:
         low_rank: Of the adapters, or None where there are none.
     """
 
-    scale = 1.0
-
     def __init__(self, base: Product, low_rank: LowRank | None) -> None:
         self.base, self.low_rank = base, low_rank
+        self.matrix: Matrix | None = base.matrix
+        if base.matrix is not None and low_rank is not None:
+            self.matrix = base.matrix._replace(adapters=low_rank.adapters)
         self.is_copy = base.is_copy
         self.num_bytes = base.num_bytes + (low_rank.num_bytes if low_rank is not None else 0)
 
@@ -53,14 +54,6 @@ class SharedProduct:
 
 class SharedStack(LlamaStack):
     """G specialists of one base; see `LlamaStack` for what it takes."""
-
-    def __init__(self, models: Sequence[PreTrainedModel], **options: Any) -> None:
-        super().__init__(models, **options)
-        # A norm multiplies its output by weights anyway: so it can do what the product after it wants.
-        for norms, products in ((self.norm_in, self.qkv), (self.norm_mlp, self.gate_up)):
-            for layer, product in enumerate(products):
-                if isinstance(product, JoinedFp16):
-                    norms[layer] = norms[layer] * product.want_scaled()
 
     def fused_logits(self, hidden: Float[Tensor, "G M H"], weights: Float[Tensor, "M G"]) -> Float[Tensor, "M V"]:
         """Logits of some or all specialists, weighted and added up (Equation 1), of one row of the head for each.
@@ -77,14 +70,10 @@ class SharedStack(LlamaStack):
     ) -> tuple[Product, list[Any]]:
         layers = [layer for column in parts for layer in column]
         bases = [base_of(layer) for layer in layers]
-        ranks = lay_out(parts) if any(map(has_adapter, layers)) else None
-        if ranks is not None:
-            adapters = [*ranks.downs, *(linear for _, _, linears in ranks.ups for linear in linears)]
-            keeps = pack and all(keeps_values(linear.weight) for linear in [*bases, *adapters])
-            if form == "half" or (form == "exact" and keeps):
-                return JoinedFp16(parts, ranks, num_threads=num_threads), [*bases, *adapters]
         base = make_product([[base_of(layer) for layer in parts[0]]], form, num_threads=num_threads, pack=pack)
-        low_rank = LowRank(ranks, form, self.compute_dtype) if ranks is not None else None
+        low_rank: LowRank | None = None
+        if any(map(has_adapter, layers)):
+            low_rank = LowRank(lay_out(parts), form, self.compute_dtype, num_threads=num_threads)
         copied = bases if base.is_copy else []
         return SharedProduct(base, low_rank), [*copied, *(low_rank.copied if low_rank is not None else ())]
 

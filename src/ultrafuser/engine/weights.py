@@ -4,7 +4,7 @@ Decoding reads every weight once for a handful of rows, so it is as fast as memo
 torch's own linear layer does not: it reads with one thread when rows are few, and four rows cost it four times one.
 
 `ExactProduct` has our own kernel for up to 32 rows (`few_rows.py`), which reads the model's weights once and in order,
-in fp32 or 16 bits (the latter on CPUs without instructions for bf16; sums are fp32). Where that cannot be had it cuts a
+in fp32 or 16 bits (sums are fp32). Where that cannot be had it cuts a
 product into one part per thread (a batched product over a view of the weights), each with some of the outputs, and puts
 up to four rows on the right of the weight, where the library has kernels for narrow matrices (not with AVX2 and nothing
 better: there rows stand on the left); weights in 16 bits are copied to fp16 without loss (`fp16.py`). `PackedProduct`
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import platform
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -28,13 +28,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ultrafuser.engine import few_rows
-from ultrafuser.engine.fp16 import keeps_values, multiply_16_bit
+from ultrafuser.engine.few_rows import Matrix, own
+from ultrafuser.engine.narrow import keeps_values
 from ultrafuser.engine.native import in_large_pages
-from ultrafuser.engine.reduced import HalfProduct, Int4Product, Int8Product, joined
+from ultrafuser.engine.reduced import HalfProduct, Int4Product, Int8Product, joined, multiply_matrix
 
 WeightFormat = Literal["exact", "half", "int8"]
 AnyFormat = Literal["exact", "half", "int8", "int4"]
-DraftWeights = Literal["auto", "exact", "half", "int4"]
+DraftWeights = Literal["auto", "exact", "half", "int8", "int4"]
 _FEW_ROWS = 16  # above that torch's own product uses all threads
 _VERY_FEW_ROWS = 4  # up to that the weight stands on the left
 _PACKED_FOR = 16  # rows; the layout is the same for all that follow
@@ -47,7 +48,7 @@ class Product(Protocol):
 
     num_bytes: int  # of the weights, of the whole group
     is_copy: bool  # the model's own parameters are not needed
-    scale: float  # what outputs are still to be multiplied by
+    matrix: Matrix | None  # as our own kernel reads it in passes of few rows, if it can
 
     def __call__(self, x: Float[Tensor, "G M I"], member: int | None = None) -> Float[Tensor, "G M O"]:
         """[G, M, I] to [G, M, O]; with `member` both have one specialist."""
@@ -63,7 +64,6 @@ class ExactProduct:
     """
 
     is_copy = False
-    scale = 1.0
 
     def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int) -> None:
         first = parts[0]
@@ -72,8 +72,8 @@ class ExactProduct:
         self.on_cpu = kind.device.type == "cpu"
         is_fp32 = self.on_cpu and kind.dtype == torch.float32
         self.is_widened = is_widened(kind, pack=False)
-        self.has_kernel = self.is_widened or (is_fp32 and few_rows.has_kernel())
-        self.is_cut = is_fp32 and not self.has_kernel
+        has_kernel = self.is_widened or (is_fp32 and few_rows.has_kernel())
+        self.is_cut = is_fp32 and not has_kernel
         self.most_on_right = 0 if _is_avx2() else _VERY_FEW_ROWS
         self.weight = in_large_pages(torch.empty((len(parts), num_out, num_in), dtype=kind.dtype, device=kind.device))
         self.bias = _joined_bias(parts)
@@ -87,24 +87,22 @@ class ExactProduct:
         self.num_bytes = self.weight.numel() * self.weight.element_size()
         self.num_threads = num_threads
         self.num_parts = num_threads if num_out % num_threads == 0 else 1
+        bias = None if self.bias is None else self.bias.float().view(len(parts), num_out)
+        self.matrix = Matrix(self.weight, bias=bias) if has_kernel else None
 
     def __call__(self, x: Tensor, member: int | None = None) -> Tensor:
-        weight = self.weight if member is None else self.weight[member : member + 1]
-        if self.has_kernel and few_rows.are_few(x.shape[1]):
-            y = few_rows.multiply(x, weight, self.num_threads)
-        elif self.is_cut and x.shape[1] <= _FEW_ROWS:
+        if self.matrix is not None and (self.is_widened or few_rows.are_few(x.shape[1])):
+            return multiply_matrix(x, self.matrix, member, num_threads=self.num_threads)
+        weight = own(self.weight, member)
+        if self.is_cut and x.shape[1] <= _FEW_ROWS:
             y = _product_in_parts(x, weight, self.num_parts, most_on_right=self.most_on_right)
-        elif self.is_widened:
-            y = torch.stack(
-                [multiply_16_bit(r, w, num_threads=self.num_threads) for r, w in zip(x, weight, strict=True)]
-            )
         elif self.on_cpu or len(x) == 1:
             y = torch.stack([rows @ part.t() for rows, part in zip(x, weight, strict=True)])  # each with all threads
         else:
             y = torch.bmm(x, weight.transpose(1, 2))
         if self.bias is None:
             return y
-        return y + (self.bias if member is None else self.bias[member : member + 1])
+        return y + own(self.bias, member)
 
 
 class PackedProduct:
@@ -116,12 +114,12 @@ class PackedProduct:
     """
 
     is_copy = False  # the model's parameters are those of `exact`
-    scale = 1.0
 
     def __init__(self, parts: Sequence[Sequence[nn.Linear]], *, num_threads: int) -> None:
         self.exact = ExactProduct(parts, num_threads=num_threads)
         self.num_bytes = self.exact.num_bytes
-        self.most_exact = few_rows.MOST_ROWS if self.exact.has_kernel else 1
+        self.matrix = self.exact.matrix
+        self.most_exact = few_rows.MOST_ROWS if self.matrix is not None else 1
         self.packed: list[tuple[Tensor, Tensor | None]] = []
         for linears in parts:
             weight, bias = joined(linears)
@@ -164,12 +162,9 @@ def make_product(
     if form == "exact":
         exact = PackedProduct if pack and can_pack(parts[0][0].weight) else ExactProduct
         return exact(parts, num_threads=num_threads)
-    reduced: dict[str, Callable[[Sequence[Sequence[nn.Linear]]], Product]] = {
-        "half": HalfProduct,
-        "int8": Int8Product,
-        "int4": Int4Product,
-    }
-    return reduced[form](parts)
+    if form == "int4":
+        return Int4Product(parts)
+    return (HalfProduct if form == "half" else Int8Product)(parts, num_threads=num_threads)
 
 
 def compute_type(weight: Tensor, form: AnyFormat, *, pack: bool = True) -> torch.dtype:

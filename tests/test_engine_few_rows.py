@@ -295,7 +295,7 @@ class Stack:
             down = (torch.randn(ranks, num_in) / num_in**0.5).to(adapter_kind)
             half = num_out // 2  # two linear layers side by side: the second's ranks are the last
             ups = [
-                Up(outputs, own, torch.randn(outputs.stop - outputs.start, own.stop - own.start).to(adapter_kind))
+                Up(outputs, own, torch.randn(own.stop - own.start, outputs.stop - outputs.start).to(adapter_kind))
                 for outputs, own in ((slice(3, half), slice(0, 1)), (slice(half, num_out), slice(1, ranks)))
             ]
             adapters = Adapters(down, ups, scales)
@@ -334,7 +334,7 @@ class Stack:
                 weight = weight.clone()
                 for outputs, own, up in matrix.adapters.ups:
                     down = matrix.adapters.scales[member, own, None].double() * matrix.adapters.down[own].double()
-                    weight[outputs] += up.double() @ down
+                    weight[outputs] += up.double().t() @ down
             y = rows @ weight.t()
             found.append(y if matrix.bias is None else y + matrix.bias[j].double())
         return torch.stack(found)
@@ -459,7 +459,7 @@ def test_rows_beyond_a_slot_or_over_another_cache_are_refused():
         kernel(x, SlotView(other.cache, [0], None, torch.tensor([37, 0]), 3))
 
 
-OUTSIDE = Adapters(torch.zeros(4, 20), [Up(slice(20, 25), slice(0, 4), torch.zeros(5, 4))], torch.zeros(2, 4))
+OUTSIDE = Adapters(torch.zeros(4, 20), [Up(slice(20, 25), slice(0, 4), torch.zeros(4, 5))], torch.zeros(2, 4))
 
 
 @needs_kernel

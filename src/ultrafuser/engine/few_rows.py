@@ -32,7 +32,7 @@ class Up(NamedTuple):
 
     outputs: slice
     ranks: slice
-    weight: Tensor  # [outputs, ranks]
+    weight: Tensor  # [ranks, outputs]: turned, so that adding a rank reads neighbours
 
 
 class Adapters(NamedTuple):
@@ -207,9 +207,7 @@ class Layers:
         self._wide = max(heads * shape.head_size, 2 * shape.inner_size)
         self._narrow = max(shape.num_heads * shape.head_size, shape.inner_size)
         matrices = [matrix for layer in layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        self._room = max(
-            (2 * len(m.adapters.down) + m.weight.shape[1] for m in matrices if m.adapters is not None), default=0
-        )
+        self._room = max((len(m.adapters.down) for m in matrices if m.adapters is not None), default=0)
         self._tables: dict[int | None, ctypes.Array[native.Layer]] = {}
         self._cache: SlotCache | None = None  # of the last pass
 
@@ -341,7 +339,7 @@ def _structure(matrix: Matrix, member: int | None) -> native.Matrix:
         found.down, found.scales = down.data_ptr(), own(scales, member).data_ptr()
         found.num_ranks, found.num_ups, found.adapter_kind = len(down), len(ups), KINDS[down.dtype]
         for place, up in zip(found.ups, ups, strict=False):
-            num_out, num_ranks = up.weight.shape
+            num_ranks, num_out = up.weight.shape
             first = (up.outputs.start, num_out, up.ranks.start, num_ranks)
             place.weight = up.weight.data_ptr()
             place.first_out, place.num_out, place.first_rank, place.num_ranks = first
@@ -387,7 +385,7 @@ def _check_adapters(adapters: Adapters, name: str, num_out: int, num_in: int, nu
     down, ups, scales = adapters
     fits = down.shape == (len(down), num_in) and scales.shape == (num_members, len(down)) and len(ups) <= MOST_UPS
     for outputs, ranks, weight in ups:
-        fits &= weight.shape == (outputs.stop - outputs.start, ranks.stop - ranks.start)
+        fits &= weight.shape == (ranks.stop - ranks.start, outputs.stop - outputs.start)
         fits &= outputs.start >= 0 and outputs.stop <= num_out and ranks.start >= 0 and ranks.stop <= len(down)
     if not fits or down.dtype not in KINDS or down.dtype == torch.int8:
         raise ValueError(f"adapters of {len(down)} ranks and {tuple(scales.shape)} scales do not fit {name}")

@@ -76,8 +76,8 @@ class LowRank:
         self.num_threads = num_threads
         self.dtype = _kept_type([linear.weight for linear in linears], form, compute_dtype)
         self.copied = linears if self.dtype != linears[0].weight.dtype else []  # whose weights are not needed any more
-        self.down = self._joined(ranks.downs, 0)
-        self.ups = [Up(outputs, own_ranks, self._joined(own, 1)) for outputs, own_ranks, own in ranks.ups]
+        self.down = self._joined(ranks.downs, is_turned=False)
+        self.ups = [Up(outputs, own_ranks, self._joined(own, is_turned=True)) for outputs, own_ranks, own in ranks.ups]
         self.scales = ranks.factors.to(self.down.device, compute_dtype)
         self.num_bytes = sum(m.numel() * m.element_size() for m in (self.down, *(up.weight for up in self.ups)))
 
@@ -92,20 +92,21 @@ class LowRank:
         lowered = (lowered * own(self.scales, member)[:, None]).view(-1, lowered.shape[-1])
         rows = y.view(-1, y.shape[-1])
         for outputs, ranks, weight in self.ups:
-            rows[:, outputs].add_(self._times(lowered[:, ranks], weight))
+            rows[:, outputs].add_(lowered[:, ranks] @ weight.to(x.dtype))
 
     def _times(self, x: Tensor, matrix: Tensor) -> Tensor:
         if matrix.dtype == x.dtype:
             return x @ matrix.t()
         return multiply_narrow(x[None], matrix[None], num_threads=self.num_threads)[0]
 
-    def _joined(self, linears: list[nn.Linear], dim: int) -> Tensor:
-        """Weights of layers joined along their outputs (0) or inputs (1)."""
-        weight = torch.cat([linear.weight.detach().to(self.dtype) for linear in linears], dim=dim)
+    def _joined(self, linears: list[nn.Linear], *, is_turned: bool) -> Tensor:
+        """Weights of layers, one below the other."""
+        parts = [linear.weight.detach().to(self.dtype) for linear in linears]
+        weight = torch.cat([part.t() for part in parts] if is_turned else parts).contiguous()
         if not self.copied:
-            sizes = [linear.weight.shape[dim] for linear in linears]
-            for linear, view in zip(linears, torch.split(weight, sizes, dim), strict=True):
-                linear.weight.data = view  # the model goes on working, and nothing is held twice
+            views = torch.split(weight, [part.shape[int(is_turned)] for part in parts])
+            for linear, view in zip(linears, views, strict=True):
+                linear.weight.data = view.t() if is_turned else view  # the model goes on working; nothing is held twice
         return weight
 
 

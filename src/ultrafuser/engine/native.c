@@ -15,6 +15,7 @@
 #define WIDE 8
 #endif
 #define SHARED 32768 /* numbers from which several threads make them faster than one */
+#define AHEAD 4096 /* bytes */
 #define TILE 4 /* outputs: the unit in which threads share the work, and those of a tile */
 
 enum kind { FP32, BF16, FP16, INT8 };
@@ -126,7 +127,7 @@ INLINE float wide_sum_of(wide v) {
    so `sums` lies in registers. `weight` and `y` begin at output `first`, `units` at output 0. */
 INLINE void tile(const float *x, const char *weight, const float *units, float *y, long num_in, long num_out,
                  long first, long gap, int rows, int outs, int reads_ahead, enum kind kind) {
-    const long size = size_of(kind), next = num_in * size, stride = gap * next;
+    const long size = size_of(kind), stride = gap * num_in * size;
     wide sums[8][4], parts[4];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -139,7 +140,7 @@ INLINE void tile(const float *x, const char *weight, const float *units, float *
             const char *at = weight + o * stride + i * size;
             parts[o] = load(at, kind);
             KEEP(parts[o]);
-            if (reads_ahead) __builtin_prefetch(at + next, 0, 0); /* used once: it need not stay */
+            if (reads_ahead) __builtin_prefetch(at + AHEAD, 0, 2);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
@@ -174,7 +175,7 @@ INLINE void tile(const float *x, const char *weight, const float *units, float *
 #define CASE(kind, rows, outs)                                                                                         \
     case 10 * outs + rows:                                                                                             \
         tile_##kind##_##rows##_##outs(x + r * num_in, weight + o * stride, units, y + r * num_out + o, num_in,         \
-                                      num_out, o, gap, num_rows > MOST_ROWS);                                          \
+                                      num_out, o, gap, num_rows > 2);                                          \
         break;
 
 #define MOST_ROWS 6 /* of a tile */
@@ -196,7 +197,8 @@ INLINE void tile(const float *x, const char *weight, const float *units, float *
 
 /* All rows by the outputs [first, last) of one member. The outputs of a tile lie a quarter (or half) of them apart, so
    that weights are read as some streams, each from start to end: neighbours would be read in jumps, a quarter slower.
-   While several blocks of rows meet a tile in the cache memory would rest, so the next one is asked for meanwhile. */
+   With several rows arithmetic takes as long as reading does, and memory would rest meanwhile: a few KiB ahead are
+   asked for, into the second cache. */
 #define DEFINE_OUTPUTS(kind)                                                                                           \
     DEFINE_TILE(kind, 1, 1) DEFINE_TILES(kind)                                                                         \
     static void outputs_##kind(const float *x, const char *weight, const float *units, float *y, long num_rows,        \
@@ -251,7 +253,7 @@ void ultrafuser_few_rows(const float *x, const void *weight, const float *units,
 
 /* B of the adapters of one layer of a product: which of its outputs they add to, from which of its ranks. */
 struct up {
-    const void *weight; /* [num_out, num_ranks] */
+    const void *weight; /* [num_ranks, num_out] */
     long first_out, num_out, first_rank, num_ranks;
 };
 
@@ -270,31 +272,71 @@ struct matrix {
     int kind, adapter_kind;
 };
 
-/* y [G, M, num_out] of x [G, M, num_in]; `room` is for [G * M, 2 * num_ranks + num_out] where there are adapters. */
-static void multiply(const struct matrix *a, const float *x, float *y, float *room, long num_members, long num_rows,
+/* y[o] += sum over ranks of shares[rank] * weight[rank, o], for some outputs. Ranks whose share is zero (those of others)
+   are not read. */
+INLINE void add_ranks(const float *shares, const char *weight, float *y, long num_ranks, long num_out, long first,
+                      long last, enum kind kind) {
+    const long size = size_of(kind);
+    long o = first;
+    for (; o + 2 * WIDE <= last; o += 2 * WIDE) {
+        wide sums[2] = {*(wide_anywhere *)(y + o), *(wide_anywhere *)(y + o + WIDE)};
+        for (long rank = 0; rank < num_ranks; rank++) {
+            if (shares[rank] == 0) continue;
+            const wide share = (wide){0} + shares[rank];
+            const char *at = weight + (rank * num_out + o) * size;
+            sums[0] = add_product(sums[0], share, load(at, kind));
+            sums[1] = add_product(sums[1], share, load(at + WIDE * size, kind));
+        }
+        *(wide_anywhere *)(y + o) = sums[0];
+        *(wide_anywhere *)(y + o + WIDE) = sums[1];
+    }
+    for (long count; o < last; o += count) {
+        count = last - o < WIDE ? last - o : WIDE;
+        wide sums = load_rest((const char *)(y + o), count, FP32);
+        for (long rank = 0; rank < num_ranks; rank++)
+            if (shares[rank] != 0)
+                sums = add_product(sums, (wide){0} + shares[rank],
+                                   load_rest(weight + (rank * num_out + o) * size, count, kind));
+        memcpy(y + o, &sums, count * sizeof(float));
+    }
+}
+
+/* What one thread adds of the adapters to y, once all ranks are lowered and scaled. */
+static void add_ups(const struct matrix *a, const float *lowered, float *y, long all, int part, int num_parts) {
+    for (const struct up *up = a->ups; up < a->ups + a->num_ups; up++) {
+        const long unit = 2 * WIDE, num_units = (up->num_out + unit - 1) / unit, first = num_units * part / num_parts * unit;
+        const long end = num_units * (part + 1) / num_parts * unit, last = end < up->num_out ? end : up->num_out;
+        for (long row = 0; row < all; row++) {
+            const float *shares = lowered + row * a->num_ranks + up->first_rank;
+            float *to = y + row * a->num_out + up->first_out;
+            if (a->adapter_kind == FP32) add_ranks(shares, up->weight, to, up->num_ranks, up->num_out, first, last, FP32);
+            if (a->adapter_kind == BF16) add_ranks(shares, up->weight, to, up->num_ranks, up->num_out, first, last, BF16);
+            if (a->adapter_kind == FP16) add_ranks(shares, up->weight, to, up->num_ranks, up->num_out, first, last, FP16);
+        }
+    }
+}
+
+/* y [G, M, num_out] of x [G, M, num_in]; where there are adapters `lowered` is room for [G * M, num_ranks]. */
+static void multiply(const struct matrix *a, const float *x, float *y, float *lowered, long num_members, long num_rows,
                      int num_threads) {
     const long all = num_members * num_rows, rows = a->members == 1 ? all : num_rows;
-    ultrafuser_few_rows(x, a->weight, a->units, y, a->members, rows, a->num_in, a->num_out, a->kind, num_threads);
+#pragma omp parallel for num_threads(num_threads) schedule(static, 1) if (num_threads > 1)
+    for (int part = 0; part < num_threads; part++) {
+        work(x, a->weight, a->units, y, a->members, rows, a->num_in, a->num_out, a->kind, part, num_threads);
+        if (a->num_ranks)
+            work(x, a->down, 0, lowered, 1, all, a->num_in, a->num_ranks, a->adapter_kind, part, num_threads);
+    }
     if (a->num_ranks) {
-        float *lowered = room, *own = lowered + all * a->num_ranks, *more = own + all * a->num_ranks;
-        ultrafuser_few_rows(x, a->down, 0, lowered, 1, all, a->num_in, a->num_ranks, a->adapter_kind, num_threads);
-        for (const struct up *up = a->ups; up < a->ups + a->num_ups; up++) {
-            for (long row = 0; row < all; row++) {
-                const float *from = lowered + row * a->num_ranks + up->first_rank;
-                const float *scales = a->scales + row / num_rows * a->num_ranks + up->first_rank;
-                for (long i = 0; i < up->num_ranks; i++) own[row * up->num_ranks + i] = from[i] * scales[i];
-            }
-            ultrafuser_few_rows(own, up->weight, 0, more, 1, all, up->num_ranks, up->num_out, a->adapter_kind,
-                                num_threads);
-            for (long row = 0; row < all; row++)
-                for (long i = 0; i < up->num_out; i++)
-                    y[row * a->num_out + up->first_out + i] += more[row * up->num_out + i];
-        }
+        for (long row = 0; row < all; row++)
+            for (long i = 0; i < a->num_ranks; i++)
+                lowered[row * a->num_ranks + i] *= a->scales[row / num_rows * a->num_ranks + i];
+#pragma omp parallel for num_threads(num_threads) schedule(static, 1) if (num_threads > 1)
+        for (int part = 0; part < num_threads; part++) add_ups(a, lowered, y, all, part, num_threads);
     }
     if (a->bias)
         for (long row = 0; row < all; row++) {
-            const float *own = a->bias + (a->members == 1 ? 0 : row / num_rows * a->num_out);
-            for (long i = 0; i < a->num_out; i++) y[row * a->num_out + i] += own[i];
+            const float *bias = a->bias + (a->members == 1 ? 0 : row / num_rows * a->num_out);
+            for (long i = 0; i < a->num_out; i++) y[row * a->num_out + i] += bias[i];
         }
 }
 

@@ -29,7 +29,9 @@ _KEEP = 0.9  # of an average at every observation: some ten blocks back
 _KEEP_TYPICAL = 0.98  # the same for what is typical of all choices
 _FIRST_RETRY, _LAST_RETRY = 16, 256  # tokens until a kind that did not pay is tried again
 _GAIN = 1.05  # what a draft must promise before it is made
-_OPEN_GAIN = 0.95  # the same where its writer stops by itself: little is lost, and something is learnt
+_OPEN_GAIN = 1.0  # the same where its writer stops by itself: little is lost, and something is learnt
+_PLANNING = 0.02  # of the time, at most, where nothing is drafted
+_LONGEST_REST = 16  # tokens
 _KEEP_BLOCKS = 0.97  # of averages over blocks, of which a few say little
 _FIRST_BLOCKS = 8.0  # blocks that what is not known yet stands for
 _TYPICAL_BLOCKS = 16.0  # the same for what was typical of earlier choices
@@ -183,6 +185,8 @@ class Costs:
     passes: dict[tuple[int, int], float] = field(default_factory=dict)  # by choices and rows of each
     joins: dict[tuple[int, int], float] = field(default_factory=dict)  # the same without the one that ran ahead
     feeds: dict[tuple[DraftKind, int], float] = field(default_factory=dict)  # a token drafted, by kind and choices
+    rests: dict[DraftKind | None, float] = field(default_factory=dict)  # what else a step takes, by who drafted
+    planning: dict[int, float] = field(default_factory=dict)  # deciding, by choices
     _met: set[tuple[str, object]] = field(default_factory=set)
 
     def observe_pass(self, num_choices: int, rows: int, seconds: float) -> None:
@@ -196,6 +200,18 @@ class Costs:
     def observe_feed(self, kind: DraftKind, num_choices: int, seconds: float, num_tokens: int = 1) -> None:
         """A drafter wrote so many tokens of each choice, one after another."""
         self._observe("feeds", (kind, num_choices), seconds / num_tokens)
+
+    def observe_rest(self, kind: DraftKind | None, seconds: float) -> None:
+        """What a step took beside passes and drafted tokens: a small model's passes are as short as bookkeeping."""
+        self._observe("rests", kind, seconds)
+
+    def observe_planning(self, num_choices: int, seconds: float) -> None:
+        """It was decided about drafts."""
+        self._observe("planning", num_choices, seconds)
+
+    def of_rest(self, kind: DraftKind | None) -> float:
+        """What a step takes beside passes and drafted tokens, as far as that is known."""
+        return self.rests.get(kind, self.rests.get(None, 0.0))
 
     def of_pass(self, num_choices: int, rows: int | float) -> float | None:
         """What a pass takes: as measured, or as passes of fewer and of more rows let expect."""
@@ -280,7 +296,8 @@ class Planner:
         one = self.costs.of_pass(num_choices, 1)
         if not possible or num_choices > self.max_choices or one is None:
             return PLAIN
-        best, best_speed = PLAIN, _GAIN / one
+        plain = 1 / (one + self.costs.of_rest(None))
+        best, best_speed = PLAIN, _GAIN * plain
         for kind in self.kinds:
             longest = min(possible.get(kind, 0), LENGTHS[-1])
             if longest < LENGTHS[0]:
@@ -288,12 +305,13 @@ class Planner:
             records = [history.record(kind) for history in histories]
             if kind != "lookup":
                 speed = self._open_speed(kind, num_choices, records, one)
-                if speed > (best_speed if best.kind else _OPEN_GAIN / one):
+                if speed > (best_speed if best.kind else _OPEN_GAIN * plain):
                     best, best_speed = Plan(kind, longest, is_open=True), speed
                 continue
             rate = sum(record.rate for record in records) / len(records)
             for length in (n for n in LENGTHS if n <= longest):
-                speed = _expected(rate, length) / self._of_pass(kind, num_choices, length)
+                seconds = self._of_pass(kind, num_choices, length) + self.costs.of_rest(kind)
+                speed = _expected(rate, length) / seconds
                 if speed > best_speed:
                     best, best_speed = Plan(kind, length), speed
         if best.kind is None:
@@ -301,6 +319,13 @@ class Planner:
         for history in histories:
             history.record(best.kind).retry_after = _FIRST_RETRY
         return best
+
+    def rest_after(self, num_choices: int) -> int:
+        """Steps until it is worth deciding again after a step without a draft: deciding may take `_PLANNING` of all."""
+        one, planning = self.costs.of_pass(num_choices, 1), self.costs.planning.get(num_choices)
+        if one is None or planning is None:
+            return 0
+        return min(int(planning / (_PLANNING * one)), _LONGEST_REST)
 
     def course(self, plan: Plan, histories: Sequence[DraftHistory]) -> Course | None:
         """Decides how far the draft of a plan goes, if that is open."""
@@ -330,6 +355,7 @@ class Planner:
             for totals in zip(*((r.tokens, r.drafted, r.read) for r in records), strict=True)
         )
         seconds = self._of_pass(kind, num_choices, read) + drafted * self._feed(kind, num_choices, one)
+        seconds += self.costs.of_rest(kind)
         return float(tokens / seconds)
 
     def _retry(self, histories: Sequence[DraftHistory], possible: dict[DraftKind, int]) -> Plan:

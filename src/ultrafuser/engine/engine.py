@@ -126,7 +126,7 @@ class Engine:
         self._waiting: deque[list[Choice]] = deque()
         self._memory: dict[int, _Memory] = {}
         self._counters = _Counters()
-        self._numbers = itertools.count()
+        self._resting = 0  # steps in which nothing is decided about drafts
 
     @property
     def num_waiting(self) -> int:
@@ -300,13 +300,15 @@ class Engine:
 
     def _decode(self, choices: Sequence[Choice]) -> None:
         """One block of every running choice."""
+        arrived = time.perf_counter()
         plan = self._plan(choices)
+        planned = time.perf_counter()
         drafts: list[list[int]] = [[] for _ in choices]
         known: list[dict[int, torch.Tensor]] = [{} for _ in choices]
         is_join = self.planner.is_joined(plan.kind)
         course = self.planner.course(plan, [self._memory[id(choice)].history for choice in choices])
         guesses = drafts
-        began = time.perf_counter()
+        began, fed = time.perf_counter(), 0.0
         if plan.kind == "lookup":
             lengths = [min(plan.length, self._room(choice)) for choice in choices]
             drafts = [self._memory[id(c)].looked_up[:length] for c, length in zip(choices, lengths, strict=True)]
@@ -320,7 +322,8 @@ class Engine:
                 known = [{view: hidden} for view, hidden in zip(views, states, strict=True)]
             num_read = num_written if is_join or course is None else course.pays()
             drafts = [guess[:num_read] for guess in guesses]
-            self.planner.costs.observe_feed(plan.kind, len(choices), time.perf_counter() - began, num_written)
+            fed = time.perf_counter() - began
+            self.planner.costs.observe_feed(plan.kind, len(choices), fed, num_written)
         began = time.perf_counter()
         rows = [len(draft) if is_join else len(draft) + 1 for draft in drafts]
         blocks = [Block(*parts) for parts in zip(choices, drafts, rows, known, strict=True)]
@@ -332,7 +335,8 @@ class Engine:
         advances = decode(self.runner, blocks, skipped=absent, audited=returning)
         costs = self.planner.costs
         observe = costs.observe_join if is_join else costs.observe_pass
-        observe(len(choices), max(rows), time.perf_counter() - began)
+        passed = time.perf_counter() - began
+        observe(len(choices), max(rows), passed)
         self._counters.steps += 1
         for row, (block, advance, waits, slot) in enumerate(zip(blocks, advances, pending, slots, strict=True)):
             margins = [at[row] for at in course.margins] if course is not None else []
@@ -341,12 +345,21 @@ class Engine:
             if plan.kind == "model":
                 block.choice.seen[-1] += waits + min(max(advance.num_tokens - 1, 0), len(guesses[row]) - 1)
             self._settle(block.choice, advance)
+        # Deciding is counted where something is drafted: where not, it is done as seldom as it pays.
+        since = arrived if plan.kind is not None else planned
+        costs.observe_rest(plan.kind, time.perf_counter() - since - fed - passed)
 
     def _plan(self, choices: Sequence[Choice]) -> Plan:
         for choice in choices:
             self._memory[id(choice)].looked_up = []
         if not self.planner.kinds or len(choices) > self.options.max_draft_choices:
             return PLAIN
+        if self._resting:
+            self._resting -= 1
+            for choice in choices:
+                self._memory[id(choice)].history.pass_over(self.planner.kinds)
+            return PLAIN
+        began = time.perf_counter()
         room = min(self._room(choice) for choice in choices)
         possible: dict[DraftKind, int] = {}
         for kind in self.planner.kinds:
@@ -359,6 +372,8 @@ class Engine:
         plan = self.planner.plan(len(choices), [self._memory[id(choice)].history for choice in choices], possible)
         for choice in choices:
             self._memory[id(choice)].history.pass_over(kind for kind in possible if kind != plan.kind)
+        self.planner.costs.observe_planning(len(choices), time.perf_counter() - began)
+        self._resting = self.planner.rest_after(len(choices)) if plan.kind is None else 0
         return plan
 
     def _look_up(self, choice: Choice) -> int:

@@ -1,5 +1,8 @@
 /* What decoding does with a few rows: products with weights, and the layers of Llama-like models. */
 
+#include <omp.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __x86_64__
@@ -13,6 +16,12 @@
 #define WIDE 16 /* lanes of a product */
 #else
 #define WIDE 8
+#endif
+#define PATIENCE 2000 /* spins: some tens of microseconds */
+#ifdef __x86_64__
+#define PAUSE() _mm_pause()
+#else
+#define PAUSE()
 #endif
 #define SHARED 32768 /* numbers from which several threads make them faster than one */
 #define AHEAD 4096 /* bytes */
@@ -272,72 +281,91 @@ struct matrix {
     int kind, adapter_kind;
 };
 
-/* y[o] += sum over ranks of shares[rank] * weight[rank, o], for some outputs. Ranks whose share is zero (those of others)
-   are not read. */
-INLINE void add_ranks(const float *shares, const char *weight, float *y, long num_ranks, long num_out, long first,
+/* y[o] += shares[0] * weight[ranks[0], o] + shares[1] * ..., of four ranks: as many streams as are read well at once. */
+INLINE void add_ranks(const float *shares, const long *ranks, const char *weight, float *y, long num_out, long first,
                       long last, enum kind kind) {
     const long size = size_of(kind);
     long o = first;
-    for (; o + 2 * WIDE <= last; o += 2 * WIDE) {
-        wide sums[2] = {*(wide_anywhere *)(y + o), *(wide_anywhere *)(y + o + WIDE)};
-        for (long rank = 0; rank < num_ranks; rank++) {
-            if (shares[rank] == 0) continue;
-            const wide share = (wide){0} + shares[rank];
-            const char *at = weight + (rank * num_out + o) * size;
-            sums[0] = add_product(sums[0], share, load(at, kind));
-            sums[1] = add_product(sums[1], share, load(at + WIDE * size, kind));
-        }
-        *(wide_anywhere *)(y + o) = sums[0];
-        *(wide_anywhere *)(y + o + WIDE) = sums[1];
+    for (; o + WIDE <= last; o += WIDE) {
+        wide sums = *(wide_anywhere *)(y + o);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            sums = add_product(sums, (wide){0} + shares[i], load(weight + (ranks[i] * num_out + o) * size, kind));
+        *(wide_anywhere *)(y + o) = sums;
     }
-    for (long count; o < last; o += count) {
-        count = last - o < WIDE ? last - o : WIDE;
-        wide sums = load_rest((const char *)(y + o), count, FP32);
-        for (long rank = 0; rank < num_ranks; rank++)
-            if (shares[rank] != 0)
-                sums = add_product(sums, (wide){0} + shares[rank],
-                                   load_rest(weight + (rank * num_out + o) * size, count, kind));
-        memcpy(y + o, &sums, count * sizeof(float));
+    if (o < last) {
+        wide sums = load_rest((const char *)(y + o), last - o, FP32);
+        for (int i = 0; i < 4; i++)
+            sums = add_product(sums, (wide){0} + shares[i],
+                               load_rest(weight + (ranks[i] * num_out + o) * size, last - o, kind));
+        memcpy(y + o, &sums, (last - o) * sizeof(float));
     }
 }
 
-/* What one thread adds of the adapters to y, once all ranks are lowered and scaled. */
-static void add_ups(const struct matrix *a, const float *lowered, float *y, long all, int part, int num_parts) {
-    for (const struct up *up = a->ups; up < a->ups + a->num_ups; up++) {
-        const long unit = 2 * WIDE, num_units = (up->num_out + unit - 1) / unit, first = num_units * part / num_parts * unit;
-        const long end = num_units * (part + 1) / num_parts * unit, last = end < up->num_out ? end : up->num_out;
-        for (long row = 0; row < all; row++) {
-            const float *shares = lowered + row * a->num_ranks + up->first_rank;
-            float *to = y + row * a->num_out + up->first_out;
-            if (a->adapter_kind == FP32) add_ranks(shares, up->weight, to, up->num_ranks, up->num_out, first, last, FP32);
-            if (a->adapter_kind == BF16) add_ranks(shares, up->weight, to, up->num_ranks, up->num_out, first, last, BF16);
-            if (a->adapter_kind == FP16) add_ranks(shares, up->weight, to, up->num_ranks, up->num_out, first, last, FP16);
-        }
+static void add_up(const float *lowered, const float *scales, const struct up *up, int kind, float *y, long first,
+                   long last) {
+    float own[4];
+    long ranks[4], count = 0;
+    for (long rank = 0; rank < up->num_ranks || count; rank++) {
+        const int is_left = rank < up->num_ranks;
+        if (is_left && scales[rank] == 0) continue; /* of another member */
+        own[count] = is_left ? lowered[rank] * scales[rank] : 0;
+        ranks[count] = is_left ? rank : 0; /* four are filled up with the first, which counts nothing */
+        if (++count < 4) continue;
+        count = 0;
+        if (kind == FP32) add_ranks(own, ranks, up->weight, y, up->num_out, first, last, FP32);
+        if (kind == BF16) add_ranks(own, ranks, up->weight, y, up->num_out, first, last, BF16);
+        if (kind == FP16) add_ranks(own, ranks, up->weight, y, up->num_out, first, last, FP16);
     }
+}
+
+/* The threads of one pass: each does its part of every step and waits for the others before the next. Steps take some
+   microseconds, so waiting is spinning, which costs a tenth of what leaving and entering a parallel region does. */
+struct team {
+    int part, num_parts;
+    atomic_int *arrived, *round;
+};
+
+static void wait_for_all(const struct team *team) {
+    if (team->num_parts == 1) return;
+    const int round = atomic_load_explicit(team->round, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(team->arrived, 1, memory_order_acq_rel) + 1 == team->num_parts) {
+        atomic_store_explicit(team->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(team->round, round + 1, memory_order_release);
+        return;
+    }
+    for (long spins = 0; atomic_load_explicit(team->round, memory_order_acquire) == round; spins++)
+        if (spins < PATIENCE)
+            PAUSE();
+        else
+            sched_yield(); /* more threads than processors */
 }
 
 /* y [G, M, num_out] of x [G, M, num_in]; where there are adapters `lowered` is room for [G * M, num_ranks]. */
 static void multiply(const struct matrix *a, const float *x, float *y, float *lowered, long num_members, long num_rows,
-                     int num_threads) {
+                     const struct team *team) {
     const long all = num_members * num_rows, rows = a->members == 1 ? all : num_rows;
-#pragma omp parallel for num_threads(num_threads) schedule(static, 1) if (num_threads > 1)
-    for (int part = 0; part < num_threads; part++) {
-        work(x, a->weight, a->units, y, a->members, rows, a->num_in, a->num_out, a->kind, part, num_threads);
-        if (a->num_ranks)
-            work(x, a->down, 0, lowered, 1, all, a->num_in, a->num_ranks, a->adapter_kind, part, num_threads);
-    }
+    const int part = team->part, num_parts = team->num_parts;
+    work(x, a->weight, a->units, y, a->members, rows, a->num_in, a->num_out, a->kind, part, num_parts);
     if (a->num_ranks) {
-        for (long row = 0; row < all; row++)
-            for (long i = 0; i < a->num_ranks; i++)
-                lowered[row * a->num_ranks + i] *= a->scales[row / num_rows * a->num_ranks + i];
-#pragma omp parallel for num_threads(num_threads) schedule(static, 1) if (num_threads > 1)
-        for (int part = 0; part < num_threads; part++) add_ups(a, lowered, y, all, part, num_threads);
-    }
-    if (a->bias)
-        for (long row = 0; row < all; row++) {
-            const float *bias = a->bias + (a->members == 1 ? 0 : row / num_rows * a->num_out);
-            for (long i = 0; i < a->num_out; i++) y[row * a->num_out + i] += bias[i];
+        work(x, a->down, 0, lowered, 1, all, a->num_in, a->num_ranks, a->adapter_kind, part, num_parts);
+        wait_for_all(team);
+        for (const struct up *up = a->ups; up < a->ups + a->num_ups; up++) {
+            const long num_units = (up->num_out + WIDE - 1) / WIDE, first = num_units * part / num_parts * WIDE;
+            const long end = num_units * (part + 1) / num_parts * WIDE, last = end < up->num_out ? end : up->num_out;
+            for (long row = 0; row < all; row++)
+                add_up(lowered + row * a->num_ranks + up->first_rank,
+                       a->scales + row / num_rows * a->num_ranks + up->first_rank, up, a->adapter_kind,
+                       y + row * a->num_out + up->first_out, first, last);
         }
+    }
+    wait_for_all(team);
+    if (!a->bias) return;
+    for (long row = all * part / num_parts; row < all * (part + 1) / num_parts; row++) {
+        const float *bias = a->bias + (a->members == 1 ? 0 : row / num_rows * a->num_out);
+        for (long i = 0; i < a->num_out; i++) y[row * a->num_out + i] += bias[i];
+    }
+    wait_for_all(team);
 }
 
 /* What stands between the products of a Llama-like layer: a call each instead of some twenty operations of torch. */
@@ -364,50 +392,62 @@ INLINE vec exp_of(vec x) {
     return y * (vec)(((bits)shifted << 23) + ((bits){0} + 0x3f800000u));
 }
 
-/* x += more (where there is more), then y = x / sqrt(mean of its squares + eps) * weight, row by row; y may be more. */
+/* One row: x += more (where there is more), then y = x / sqrt(mean of its squares + eps) * weight; y may be more. */
+static void add_norm(float *x, const float *more, const float *weight, float *y, long size, float eps) {
+    vec squares = {0};
+    float rest = 0;
+    long i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        vec values = *(vec_anywhere *)(x + i);
+        if (more) *(vec_anywhere *)(x + i) = values += *(const vec_anywhere *)(more + i);
+        squares += values * values;
+    }
+    for (; i < size; i++) {
+        if (more) x[i] += more[i];
+        rest += x[i] * x[i];
+    }
+    const float factor = 1.0f / __builtin_sqrtf((sum_of(squares) + rest) / size + eps);
+    for (i = 0; i < size; i++) y[i] = x[i] * factor * weight[i];
+}
+
+/* The same of the rows [first, last) of `num_rows` for each member, with weights of each or one for all. */
+static void add_norms(float *x, const float *more, const float *weight, float *y, long num_rows, long size,
+                      long weight_members, float eps, long first, long last) {
+    for (long row = first; row < last; row++)
+        add_norm(x + row * size, more ? more + row * size : 0,
+                 weight + (weight_members > 1 ? row / num_rows : 0) * size, y + row * size, size, eps);
+}
+
 void ultrafuser_add_norm(float *x, const float *more, const float *weight, float *y, long num_members, long num_rows,
                          long size, long weight_members, float eps, int num_threads) {
-#pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && num_members * num_rows * size > SHARED)
-    for (long row = 0; row < num_members * num_rows; row++) {
-        float *own = x + row * size, *to = y + row * size;
-        const float *scales = weight + (weight_members > 1 ? row / num_rows : 0) * size;
-        vec squares = {0};
-        float rest = 0;
-        long i = 0;
-        for (; i + LANES <= size; i += LANES) {
-            vec values = *(vec_anywhere *)(own + i);
-            if (more) *(vec_anywhere *)(own + i) = values += *(const vec_anywhere *)(more + row * size + i);
-            squares += values * values;
+    const long all = num_members * num_rows;
+#pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && all * size > SHARED)
+    for (int part = 0; part < num_threads; part++)
+        add_norms(x, more, weight, y, num_rows, size, weight_members, eps, all * part / num_threads,
+                  all * (part + 1) / num_threads);
+}
+
+/* y = silu(gate) * up, of the columns [first, last) of a row that holds both side by side. */
+static void silu_mul(const float *gate, const float *up, float *y, long first, long last) {
+    for (long i = first; i < last; i += LANES) {
+        const long count = last - i < LANES ? last - i : LANES;
+        vec g, u;
+        if (count == LANES) {
+            g = *(const vec_anywhere *)(gate + i);
+            u = *(const vec_anywhere *)(up + i);
+        } else {
+            g = rest_of(gate + i, count);
+            u = rest_of(up + i, count);
         }
-        for (; i < size; i++) {
-            if (more) own[i] += more[row * size + i];
-            rest += own[i] * own[i];
-        }
-        const float factor = 1.0f / __builtin_sqrtf((sum_of(squares) + rest) / size + eps);
-        for (i = 0; i < size; i++) to[i] = own[i] * factor * scales[i];
+        const vec done = g / (1.0f + exp_of(-g)) * u;
+        memcpy(y + i, &done, count * sizeof(float));
     }
 }
 
-/* y = silu(gate) * up, of rows that hold both side by side. */
 void ultrafuser_silu_mul(const float *gate_up, float *y, long num_rows, long size, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && num_rows * size > SHARED)
-    for (long row = 0; row < num_rows; row++) {
-        const float *gate = gate_up + 2 * row * size, *up = gate + size;
-        float *to = y + row * size;
-        for (long i = 0; i < size; i += LANES) {
-            const long count = size - i < LANES ? size - i : LANES;
-            vec g, u;
-            if (count == LANES) {
-                g = *(const vec_anywhere *)(gate + i);
-                u = *(const vec_anywhere *)(up + i);
-            } else {
-                g = rest_of(gate + i, count);
-                u = rest_of(up + i, count);
-            }
-            const vec done = g / (1.0f + exp_of(-g)) * u;
-            memcpy(to + i, &done, count * sizeof(float));
-        }
-    }
+    for (long row = 0; row < num_rows; row++)
+        silu_mul(gate_up + 2 * row * size, gate_up + (2 * row + 1) * size, y + row * size, 0, size);
 }
 
 /* Positions as angles: x * cos + (x, half a turn on) * sin. */
@@ -469,8 +509,7 @@ struct attention {
 INLINE void place(const struct attention *a, const float *own, const float *norm, long member, long column, float *to) {
     float normed[LARGEST_HEAD];
     if (norm) {
-        ultrafuser_add_norm((float *)own, 0, norm + (a->norm_members > 1 ? member * a->size : 0), normed, 1, 1, a->size,
-                            1, a->eps, 1);
+        add_norm((float *)own, 0, norm + (a->norm_members > 1 ? member * a->size : 0), normed, a->size, a->eps);
         own = normed;
     }
     turn(own, a->cosines + column * a->size, a->sines + column * a->size, to, a->size);
@@ -517,14 +556,6 @@ static void attend(const struct attention *a, long row, long head, float *scores
     }
 }
 
-static void attend_all(const struct attention *a, int num_threads) {
-    const long units = a->num_choices * a->num_members * a->num_kv_heads, room = a->length + LANES;
-#pragma omp parallel for num_threads(num_threads) schedule(static, 1) if (num_threads > 1)
-    for (int part = 0; part < num_threads; part++)
-        for (long u = units * part / num_threads; u < units * (part + 1) / num_threads; u++)
-            attend(a, u / a->num_kv_heads, u % a->num_kv_heads, a->scores + part * room);
-}
-
 struct layer {
     struct matrix qkv, out, gate_up, down;
     const float *norm_in, *norm_mlp; /* [G or 1, H] */
@@ -545,27 +576,51 @@ struct pass {
     float eps;
 };
 
-void ultrafuser_run(const struct pass *p, int num_threads) {
+/* What one thread does. */
+static void run(const struct pass *p, const struct team *team) {
     const long members = p->attention.num_members, rows = p->attention.num_choices * p->attention.num_new;
-    const long size = p->hidden_size;
+    const long all = members * rows, size = p->hidden_size, inner = p->inner_size;
+    const long part = team->part, num_parts = team->num_parts;
+    const long first = all * part / num_parts, last = all * (part + 1) / num_parts;
+    const long num_heads = p->attention.num_choices * members * p->attention.num_kv_heads;
+    const long from = (inner * part / num_parts + LANES - 1) / LANES * LANES;
+    const long to = part + 1 < num_parts ? (inner * (part + 1) / num_parts + LANES - 1) / LANES * LANES : inner;
+    float *scores = p->attention.scores + part * (p->attention.length + LANES);
     struct attention a = p->attention;
     a.qkv = p->wide;
     a.y = p->narrow;
-    ultrafuser_add_norm(p->x, 0, p->layers[0].norm_in, p->y, members, rows, size, p->norm_members, p->eps, num_threads);
+    add_norms(p->x, 0, p->layers[0].norm_in, p->y, rows, size, p->norm_members, p->eps, first, last);
+    wait_for_all(team);
     for (long i = 0; i < p->num_layers; i++) {
         const struct layer *own = p->layers + i;
         const float *norm_after = i + 1 < p->num_layers ? own[1].norm_in : p->norm_out;
-        multiply(&own->qkv, p->y, p->wide, p->room, members, rows, num_threads);
+        multiply(&own->qkv, p->y, p->wide, p->room, members, rows, team);
         a.keys = p->keys[i];
         a.values = p->values[i];
         a.norm_q = own->norm_q;
         a.norm_k = own->norm_k;
-        attend_all(&a, num_threads);
-        multiply(&own->out, p->narrow, p->y, p->room, members, rows, num_threads);
-        ultrafuser_add_norm(p->x, p->y, own->norm_mlp, p->y, members, rows, size, p->norm_members, p->eps, num_threads);
-        multiply(&own->gate_up, p->y, p->wide, p->room, members, rows, num_threads);
-        ultrafuser_silu_mul(p->wide, p->narrow, members * rows, p->inner_size, num_threads);
-        multiply(&own->down, p->narrow, p->y, p->room, members, rows, num_threads);
-        ultrafuser_add_norm(p->x, p->y, norm_after, p->y, members, rows, size, p->norm_members, p->eps, num_threads);
+        for (long u = num_heads * part / num_parts; u < num_heads * (part + 1) / num_parts; u++)
+            attend(&a, u / a.num_kv_heads, u % a.num_kv_heads, scores);
+        wait_for_all(team);
+        multiply(&own->out, p->narrow, p->y, p->room, members, rows, team);
+        add_norms(p->x, p->y, own->norm_mlp, p->y, rows, size, p->norm_members, p->eps, first, last);
+        wait_for_all(team);
+        multiply(&own->gate_up, p->y, p->wide, p->room, members, rows, team);
+        for (long row = 0; row < all; row++)
+            silu_mul(p->wide + 2 * row * inner, p->wide + (2 * row + 1) * inner, p->narrow + row * inner,
+                     from < inner ? from : inner, to < inner ? to : inner);
+        wait_for_all(team);
+        multiply(&own->down, p->narrow, p->y, p->room, members, rows, team);
+        add_norms(p->x, p->y, norm_after, p->y, rows, size, p->norm_members, p->eps, first, last);
+        wait_for_all(team);
+    }
+}
+
+void ultrafuser_run(const struct pass *p, int num_threads) {
+    atomic_int arrived = 0, round = 0;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+    {
+        const struct team team = {omp_get_thread_num(), omp_get_num_threads(), &arrived, &round};
+        run(p, &team);
     }
 }

@@ -430,7 +430,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("all", "drafts"), default="all")
     parser.add_argument("--kinds", action="append", help="A set of drafts, as lookup+self; may be given again.")
     parser.add_argument("--seeds", type=int, default=0, help="Of sampled answers; default: 2, quick 1.")
-    parser.add_argument("--draft-weights", choices=("auto", "exact", "half", "int4"), default="auto")
+    parser.add_argument("--draft-weights", choices=("auto", "exact", "half", "int8", "int4"), default="auto")
     parser.add_argument("--count", metavar="PASS,TOKEN", help="Count drafts at such costs instead of taking times.")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()

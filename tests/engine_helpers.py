@@ -86,7 +86,7 @@ def make_engine(
     tokenizer: Any = None,
     **options: Any,
 ) -> Engine:
-    """A small engine that drafts nothing unless told to, and then with the specialists' own weights."""
+    """A small engine that drafts nothing unless told to, then with the specialists' own weights, and decides always."""
     defaults: dict[str, Any] = {
         "max_context": CONTEXT,
         "max_choices": 4,
@@ -94,12 +94,14 @@ def make_engine(
         "draft_weights": "exact",
         "chunk": 16,
     }
-    return Engine(
+    engine = Engine(
         make_fused() if model is None else model,
         make_tokenizer() if tokenizer is None else tokenizer,
         EngineOptions(**{**defaults, **options}),
         draft=draft,
     )
+    engine.planner.rest_after = lambda _: 0  # type: ignore[method-assign]  # which depends on the clock
+    return engine
 
 
 def make_similar(num: int = 3, *, noise: float = 0.02, **options: Any) -> dict[str, PreTrainedModel]:

@@ -87,6 +87,40 @@ def test_cheap_blocks_are_drafted_long_and_dear_ones_not_at_all():
     assert dear.plan(1, [DraftHistory()], everything()) == PLAIN
 
 
+def test_new_choices_go_on_waiting_where_those_before_them_did():
+    """Else every short answer would try again what never paid."""
+    planner = make_planner(("lookup",), **{f"rows_{n + 1}": 1.2 for n in LENGTHS})
+    drafted = []
+    for _ in range(60):  # answers of twenty tokens
+        history = planner.make_history()
+        for _ in range(20):
+            plan = planner.plan(1, [history], everything())
+            drafted.append(plan.kind is not None)
+            if plan.kind is None:
+                planner.pass_over(history, ["lookup"])
+            else:
+                planner.observe(history, plan, 0, plan.length)
+    assert 1 <= sum(drafted[600:]) <= 4
+
+
+def test_what_a_step_takes_beside_its_passes_counts():
+    planner = make_planner(("lookup",), **{f"rows_{n + 1}": 1.0 for n in LENGTHS})
+    costs = planner.costs
+    assert planner.plan(1, [DraftHistory()], everything()).kind == "lookup"
+    for _ in range(3):
+        costs.observe_rest(None, 0.1)
+        costs.observe_rest("lookup", 4.0)
+    assert planner.plan(1, [DraftHistory()], everything()) == PLAIN
+
+
+def test_deciding_rests_where_it_takes_more_than_its_share():
+    planner = make_planner(("lookup",))
+    assert planner.rest_after(1) == 0  # nothing is known of what it takes
+    for seconds, steps in ((1e-4, 0), (0.05, 2), (0.25, 12), (100.0, 16)):
+        planner.costs.planning[1] = seconds
+        assert planner.rest_after(1) == steps
+
+
 def test_a_kind_whose_guesses_fail_is_left_and_tried_again_ever_more_rarely():
     planner = make_planner(("lookup",), **{f"rows_{n + 1}": 1.2 for n in LENGTHS})
     history = DraftHistory()
@@ -95,9 +129,9 @@ def test_a_kind_whose_guesses_fail_is_left_and_tried_again_ever_more_rarely():
         plan = planner.plan(1, [history], everything())
         plans.append(plan)
         if plan.kind is None:
-            history.pass_over(["lookup"])
+            planner.pass_over(history, ["lookup"])
         else:
-            history.observe(plan, 0, plan.length)
+            planner.observe(history, plan, 0, plan.length)
 
     drafted = [i for i, plan in enumerate(plans) if plan.kind is not None]
     late = [i for i in drafted if i >= 40]
@@ -398,6 +432,25 @@ def test_open_drafts_change_no_token(kind: Any, draft_weights: Any, temperature:
     assert [one.ids() for one in heard] == expected
     stats = engine.stats()
     assert 0 < stats.accepted_tokens < stats.drafted_tokens
+
+
+def test_while_deciding_rests_nothing_is_drafted_and_the_answer_is_the_same():
+    model = make_fused(make_similar())
+    request = greedy(30, 30, 30, max_tokens=21, ignore_end=True)
+    expected = run(make_engine(twin(model)), request)[0].ids()
+    engine = make_engine(model, drafts=("lookup",))
+    asked = 0
+
+    def plan(*_: Any) -> Plan:
+        nonlocal asked
+        asked += 1
+        return PLAIN
+
+    engine.planner.plan = plan  # type: ignore[method-assign]
+    engine.planner.rest_after = lambda _: 3  # type: ignore[method-assign]
+    (heard,) = run(engine, request)
+    assert heard.ids() == expected
+    assert asked == 5  # of twenty steps every fourth; the first token comes of reading the prompt
 
 
 def test_what_the_text_says_is_compared_though_nobody_reads_it():

@@ -135,7 +135,8 @@ class _Record:
     def as_first(self) -> _Record:
         """What a new choice starts from when this is typical."""
         n = _TYPICAL_BLOCKS / self.blocks
-        return _Record(4 * self.rate, 4.0, _TYPICAL_BLOCKS, self.tokens * n, self.drafted * n, self.read * n)
+        blocks = (_TYPICAL_BLOCKS, self.tokens * n, self.drafted * n, self.read * n)
+        return _Record(4 * self.rate, 4.0, *blocks, self.retry_after, self.tokens_without)
 
 
 class DraftHistory:
@@ -168,11 +169,6 @@ class DraftHistory:
         record = self.record(plan.kind)
         record.observe(agreed, min(agreed + 1, length))
         record.tokens_without = 0
-
-    def pass_over(self, kinds: Iterable[DraftKind]) -> None:
-        """A token was decoded without a guess of these kinds."""
-        for kind in kinds:
-            self.record(kind).tokens_without += 1
 
 
 @dataclass(slots=True)
@@ -262,7 +258,15 @@ class Planner:
         """Guesses were compared: of `length` the first `agreed` were right."""
         assert plan.kind is not None
         history.observe(plan, agreed, length)
-        self._typical[history.key(plan.kind)].observe(agreed, min(agreed + 1, length), _KEEP_TYPICAL)
+        typical = self._typical[history.key(plan.kind)]
+        typical.observe(agreed, min(agreed + 1, length), _KEEP_TYPICAL)
+        typical.tokens_without = 0
+
+    def pass_over(self, history: DraftHistory, kinds: Iterable[DraftKind]) -> None:
+        """A token was decoded without a guess of these kinds. New choices go on waiting where those before them did."""
+        for kind in kinds:
+            for record in (history.record(kind), self._typical[history.key(kind)]):
+                record.tokens_without += 1
 
     def observe_course(
         self, history: DraftHistory, plan: Plan, margins: Sequence[float], *, agreed: int, tokens: int, read: int
@@ -316,8 +320,7 @@ class Planner:
                     best, best_speed = Plan(kind, length), speed
         if best.kind is None:
             return self._retry(histories, possible)
-        for history in histories:
-            history.record(best.kind).retry_after = _FIRST_RETRY
+        self._wait(histories, best.kind, _FIRST_RETRY)
         return best
 
     def rest_after(self, num_choices: int) -> int:
@@ -363,10 +366,14 @@ class Planner:
             records = [history.record(kind) for history in histories]
             longest = min(possible.get(kind, 0), LENGTHS[-1])
             if longest >= LENGTHS[0] and all(r.tokens_without >= r.retry_after for r in records):
-                for record in records:
-                    record.retry_after = min(2 * record.retry_after, _LAST_RETRY)
+                self._wait(histories, kind, min(2 * max(r.retry_after for r in records), _LAST_RETRY))
                 return Plan(kind, LENGTHS[0]) if kind == "lookup" else Plan(kind, longest, is_open=True)
         return PLAIN
+
+    def _wait(self, histories: Sequence[DraftHistory], kind: DraftKind, tokens: int) -> None:
+        """A kind that does not pay is tried again after so many tokens."""
+        for history in histories:
+            history.record(kind).retry_after = self._typical[history.key(kind)].retry_after = tokens
 
     def _of_pass(self, kind: DraftKind, num_choices: int, length: int | float) -> float:
         """What reading a draft of `length` tokens takes."""

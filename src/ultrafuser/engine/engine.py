@@ -357,7 +357,7 @@ class Engine:
         if self._resting:
             self._resting -= 1
             for choice in choices:
-                self._memory[id(choice)].history.pass_over(self.planner.kinds)
+                self.planner.pass_over(self._memory[id(choice)].history, self.planner.kinds)
             return PLAIN
         began = time.perf_counter()
         room = min(self._room(choice) for choice in choices)
@@ -371,7 +371,8 @@ class Engine:
                 possible[kind] = room
         plan = self.planner.plan(len(choices), [self._memory[id(choice)].history for choice in choices], possible)
         for choice in choices:
-            self._memory[id(choice)].history.pass_over(kind for kind in possible if kind != plan.kind)
+            history = self._memory[id(choice)].history
+            self.planner.pass_over(history, [kind for kind in possible if kind != plan.kind])
         self.planner.costs.observe_planning(len(choices), time.perf_counter() - began)
         self._resting = self.planner.rest_after(len(choices)) if plan.kind is None else 0
         return plan

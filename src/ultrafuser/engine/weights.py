@@ -40,7 +40,7 @@ _FEW_ROWS = 16  # above that torch's own product uses all threads
 _VERY_FEW_ROWS = 4  # up to that the weight stands on the left
 _PACKED_FOR = 16  # rows; the layout is the same for all that follow
 # oneDNN makes a kernel for every number of rows, which takes milliseconds and most of a megabyte: there are these only.
-_PACKED_ROWS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+_PACKED_ROWS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 
 class Product(Protocol):

@@ -38,7 +38,7 @@ def serve(
     ] = "exact",
     drafts: Annotated[str, typer.Option(help="Kinds of speculation by comma: lookup, self; or none.")] = "lookup,self",
     draft_weights: Annotated[
-        Literal["auto", "exact", "half", "int4"],
+        Literal["auto", "exact", "half", "int8", "int4"],
         typer.Option(help="Of the copy that runs ahead for self; exact makes none. Changes no token."),
     ] = "auto",
     pack: Annotated[

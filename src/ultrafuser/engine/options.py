@@ -25,8 +25,8 @@ class EngineOptions:
             machine's memory.
         drafts: Kinds of speculation; none to decode plainly.
         draft_weights: Format of a copy of the weights with which a specialist runs ahead, which changes no token;
-            "auto" is int4 (a sixth of fp32) for Llama-like specialists on the CPU, or half where that is as fast (AVX2)
-            and memory allows `pack`; "exact" makes none.
+            "auto" is int8 (a quarter of fp32) for Llama-like specialists on the CPU, or int4 without our own kernel;
+            "exact" makes none.
         max_draft_choices: With more choices in the batch nothing is drafted.
         skip_below: Weight under which a specialist is left out until it catches up; not exact, nothing is drafted with
             it, and `EngineStats` says how often it changed nothing. 0 runs everybody.

@@ -13,7 +13,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,7 @@ def play_joins(engine: Engine) -> list[Any]:
 
 def play_drafts(engine: Engine) -> list[Any]:
     """Lookups and drafts of one specialist take turns."""
-    engine.options = replace(engine.options, max_draft_choices=4)
+    engine.planner.max_choices = 4
     always_draft(engine, "lookup", "self")
     heard = run(engine, *MIX)
     assert engine.stats().drafted_tokens > 0

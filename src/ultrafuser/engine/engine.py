@@ -21,8 +21,7 @@ from ultrafuser.engine.check import check_request
 from ultrafuser.engine.choice import Choice, State, fixed_weights
 from ultrafuser.engine.decoding import Advance, Block, decode, token_log_probs
 from ultrafuser.engine.detokenize import Detokenizer
-from ultrafuser.engine.drafting import run_ahead
-from ultrafuser.engine.drafts import LENGTHS, PLAIN, DraftHistory, DraftKind, Lookup, Plan, Planner
+from ultrafuser.engine.drafts import DraftKind, Planner
 from ultrafuser.engine.memory import fit_slots, may_pack
 from ultrafuser.engine.options import EngineOptions
 from ultrafuser.engine.prefill import first_logits, first_weights, has_read_prompt, read_chunk
@@ -30,6 +29,7 @@ from ultrafuser.engine.requests import EngineStats, GenerationRequest, Listener
 from ultrafuser.engine.runner import MARGIN, Runner
 from ultrafuser.engine.sampling import Sampler
 from ultrafuser.engine.skipping import Absences
+from ultrafuser.engine.speculation import Speculation
 from ultrafuser.errors import ModelError, RequestError
 from ultrafuser.model.build import read_templates
 from ultrafuser.model.fused import FusedForCausalLM
@@ -53,9 +53,6 @@ class _Memory:
     """What the engine remembers of a running choice besides the choice itself."""
 
     absences: Absences
-    history: DraftHistory
-    lookup: Lookup | None = None
-    looked_up: list[int] = field(default_factory=list)  # what a lookup says of the next tokens, read by all or not
     siblings: list[Choice] = field(default_factory=list)  # choices that wait for this one to read their prompt
 
 
@@ -115,7 +112,7 @@ class Engine:
         self.num_slots = num_slots
         if len(self.names) == 1 and self.runner.draft_form == "exact":  # it would run ahead of itself
             kinds = tuple(kind for kind in kinds if kind != "self")
-        self.planner = self.make_planner(kinds, options.max_draft_choices)
+        self._speculation = Speculation(self.make_planner(kinds, options.max_draft_choices), self.runner)
         ends = model.generation_config.eos_token_id  # 0 is an id, too
         self.end_ids = frozenset(
             [self.encoder.end_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])]
@@ -126,7 +123,15 @@ class Engine:
         self._waiting: deque[list[Choice]] = deque()
         self._memory: dict[int, _Memory] = {}
         self._counters = _Counters()
-        self._resting = 0  # steps in which nothing is decided about drafts
+
+    @property
+    def planner(self) -> Planner:
+        """Decides about drafts; another one may take its place between requests."""
+        return self._speculation.planner
+
+    @planner.setter
+    def planner(self, planner: Planner) -> None:
+        self._speculation.planner = planner
 
     @property
     def num_waiting(self) -> int:
@@ -226,6 +231,7 @@ class Engine:
         self._running.clear()
         self._waiting.clear()
         self._memory.clear()
+        self._speculation.clear()
 
     def stats(self) -> EngineStats:
         """Figures of now."""
@@ -254,7 +260,8 @@ class Engine:
             for choice in (first, *siblings):
                 choice.slot = len(self._running)
                 self._running.append(choice)
-                self._memory[id(choice)] = _Memory(Absences(self.options.skip_below), self.planner.make_history())
+                self._memory[id(choice)] = _Memory(Absences(self.options.skip_below))
+                self._speculation.add(choice)
             first.state = State.PREFILL
             self._memory[id(first)].siblings = siblings
 
@@ -301,32 +308,11 @@ class Engine:
     def _decode(self, choices: Sequence[Choice]) -> None:
         """One block of every running choice."""
         arrived = time.perf_counter()
-        plan = self._plan(choices)
-        planned = time.perf_counter()
-        drafts: list[list[int]] = [[] for _ in choices]
-        known: list[dict[int, torch.Tensor]] = [{} for _ in choices]
-        is_join = self.planner.is_joined(plan.kind)
-        course = self.planner.course(plan, [self._memory[id(choice)].history for choice in choices])
-        guesses = drafts
-        began, fed = time.perf_counter(), 0.0
-        if plan.kind == "lookup":
-            lengths = [min(plan.length, self._room(choice)) for choice in choices]
-            drafts = [self._memory[id(c)].looked_up[:length] for c, length in zip(choices, lengths, strict=True)]
-            guesses = drafts
-        elif plan.kind is not None:
-            heaviest = [max(range(len(c.last_weights)), key=c.last_weights.__getitem__) for c in choices]
-            views = heaviest if plan.kind == "self" else [len(self.names)] * len(choices)
-            guesses, states = run_ahead(self.runner, choices, views, plan.length, course)
-            num_written = len(guesses[0])
-            if is_join:
-                known = [{view: hidden} for view, hidden in zip(views, states, strict=True)]
-            num_read = num_written if is_join or course is None else course.pays()
-            drafts = [guess[:num_read] for guess in guesses]
-            fed = time.perf_counter() - began
-            self.planner.costs.observe_feed(plan.kind, len(choices), fed, num_written)
+        plan = self._speculation.decide(choices)
+        decided = time.perf_counter()
+        drafts = self._speculation.write(choices, plan)
         began = time.perf_counter()
-        rows = [len(draft) if is_join else len(draft) + 1 for draft in drafts]
-        blocks = [Block(*parts) for parts in zip(choices, drafts, rows, known, strict=True)]
+        blocks = [Block(*parts) for parts in zip(choices, drafts.read, drafts.rows, drafts.known, strict=True)]
         pending = [len(c.pending(len(self.names))) if self.has_draft_model else 0 for c in choices]
         absences = {choice.slot: self._memory[id(choice)].absences.of(choice) for choice in choices}
         absent = {slot: views for slot, (views, _) in absences.items() if views}
@@ -334,88 +320,21 @@ class Engine:
         slots = [choice.slot for choice in choices]
         advances = decode(self.runner, blocks, skipped=absent, audited=returning)
         costs = self.planner.costs
-        observe = costs.observe_join if is_join else costs.observe_pass
+        observe = costs.observe_join if drafts.is_joined else costs.observe_pass
         passed = time.perf_counter() - began
-        observe(len(choices), max(rows), passed)
+        observe(len(choices), max(drafts.rows), passed)
         self._counters.steps += 1
-        for row, (block, advance, waits, slot) in enumerate(zip(blocks, advances, pending, slots, strict=True)):
-            margins = [at[row] for at in course.margins] if course is not None else []
-            self._remember(block, advance, plan, guesses[row], margins)
-            self._account(block.choice, advance, absent.get(slot, set()))
+        for row, (choice, advance, waits, slot) in enumerate(zip(choices, advances, pending, slots, strict=True)):
+            drafted, accepted = self._speculation.learn(choice, row, drafts, advance.num_tokens)
+            self._counters.drafted_tokens += drafted
+            self._counters.accepted_tokens += accepted
+            self._account(choice, advance, absent.get(slot, set()))
             if plan.kind == "model":
-                block.choice.seen[-1] += waits + min(max(advance.num_tokens - 1, 0), len(guesses[row]) - 1)
-            self._settle(block.choice, advance)
+                choice.seen[-1] += waits + min(max(advance.num_tokens - 1, 0), len(drafts.guesses[row]) - 1)
+            self._settle(choice, advance)
         # Deciding is counted where something is drafted: where not, it is done as seldom as it pays.
-        since = arrived if plan.kind is not None else planned
-        costs.observe_rest(plan.kind, time.perf_counter() - since - fed - passed)
-
-    def _plan(self, choices: Sequence[Choice]) -> Plan:
-        for choice in choices:
-            self._memory[id(choice)].looked_up = []
-        if not self.planner.kinds or len(choices) > self.options.max_draft_choices:
-            return PLAIN
-        if self._resting:
-            self._resting -= 1
-            for choice in choices:
-                self.planner.pass_over(self._memory[id(choice)].history, self.planner.kinds)
-            return PLAIN
-        began = time.perf_counter()
-        room = min(self._room(choice) for choice in choices)
-        possible: dict[DraftKind, int] = {}
-        for kind in self.planner.kinds:
-            if kind == "lookup":
-                longest = max(self._look_up(choice) for choice in choices)
-                if longest:
-                    possible[kind] = min(longest, room)
-            else:
-                possible[kind] = room
-        plan = self.planner.plan(len(choices), [self._memory[id(choice)].history for choice in choices], possible)
-        for choice in choices:
-            history = self._memory[id(choice)].history
-            self.planner.pass_over(history, [kind for kind in possible if kind != plan.kind])
-        self.planner.costs.observe_planning(len(choices), time.perf_counter() - began)
-        self._resting = self.planner.rest_after(len(choices)) if plan.kind is None else 0
-        return plan
-
-    def _look_up(self, choice: Choice) -> int:
-        """What the text itself says of the next tokens; how many there are."""
-        memory, lookup = self._memory[id(choice)], self._lookup(choice)
-        memory.looked_up, memory.history.num_matched = lookup.draft(LENGTHS[-1]), lookup.num_matched
-        return len(memory.looked_up)
-
-    def _room(self, choice: Choice) -> int:
-        """Tokens that a draft may have: what follows the choice's last token cannot be used."""
-        return choice.max_tokens - len(choice.response) - 1
-
-    def _lookup(self, choice: Choice) -> Lookup:
-        memory = self._memory[id(choice)]
-        row = max(choice.request.prompts, key=len)
-        if memory.lookup is None:
-            memory.lookup = Lookup(row)
-        memory.lookup.extend(choice.response[len(memory.lookup.text) - len(row) :])
-        return memory.lookup
-
-    def _remember(
-        self, block: Block, advance: Advance, plan: Plan, guesses: Sequence[int], margins: Sequence[float]
-    ) -> None:
-        if not advance.num_tokens:
-            return
-        memory, chosen = self._memory[id(block.choice)], block.choice.response[-advance.num_tokens :]
-        if memory.looked_up:  # which costs nothing to compare, whoever drafted
-            compared = min(len(memory.looked_up), len(chosen))
-            as_planned = Plan("lookup", compared)
-            self.planner.observe(memory.history, as_planned, _num_agreed(memory.looked_up, chosen), compared)
-        if plan.kind is None or not guesses:
-            return
-        # What was chosen says of one guess more than was read whether it is right.
-        agreed, read = _num_agreed(guesses, chosen), len(block.drafts)
-        if plan.is_open:
-            tokens = advance.num_tokens
-            self.planner.observe_course(memory.history, plan, margins, agreed=agreed, tokens=tokens, read=read)
-        elif plan.kind != "lookup":
-            self.planner.observe(memory.history, plan, agreed, len(guesses))
-        self._counters.drafted_tokens += len(guesses)
-        self._counters.accepted_tokens += min(agreed, read)
+        since = arrived if plan.kind is not None else decided
+        costs.observe_rest(plan.kind, time.perf_counter() - since - drafts.seconds - passed)
 
     def _account(self, choice: Choice, advance: Advance, absent: set[int]) -> None:
         self._memory[id(choice)].absences.observe(choice.last_weights, absent)
@@ -442,6 +361,7 @@ class Engine:
     def _leave(self, choice: Choice) -> None:
         """Free a slot. The last choice that decodes takes it, then all that follow move up by one."""
         del self._memory[id(choice)]
+        self._speculation.forget(choice)
         hole = choice.slot
         decoding = [other for other in self._running if other.state is State.DECODE and other is not choice]
         last = max(decoding, key=lambda other: other.slot, default=None)
@@ -458,9 +378,3 @@ class Engine:
         if any(choice.seen):
             self.runner.copy_slot(choice.slot, slot, choice.seen)
         choice.slot = slot
-
-
-def _num_agreed(guesses: Sequence[int], chosen: Sequence[int]) -> int:
-    """Guesses until the first that was not chosen."""
-    pairs = zip(guesses, chosen, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ultrafuser.engine import few_rows, native
-from ultrafuser.engine.few_rows import Adapters, Layers, LayerWeights, Matrix, Shape, Up
+from ultrafuser.engine.few_rows import Adapters, Matrix, Up
+from ultrafuser.engine.passes import Layers, LayerWeights, Shape
 from ultrafuser.engine.slots import SlotCache, SlotView
 
 needs_kernel = pytest.mark.skipif(not few_rows.has_kernel(), reason=f"no kernel: {few_rows.why_missing()}")

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from ultrafuser.engine import few_rows
 from ultrafuser.engine.attention import Heads, TorchAttention
-from ultrafuser.engine.few_rows import Layers, LayerWeights, Shape, own
+from ultrafuser.engine.few_rows import own
+from ultrafuser.engine.passes import Layers, LayerWeights, Shape, can_run
 from ultrafuser.engine.slots import SlotCache, SlotView
 from ultrafuser.engine.weights import AnyFormat, Product, compute_type, make_product
 
@@ -205,7 +206,7 @@ class LlamaStack:
         for index in range(len(self.qkv)):
             products = (self.qkv[index], self.out[index], self.gate_up[index], self.down[index])
             qkv, out, gate_up, down = (product.matrix for product in products)
-            if qkv is None or out is None or gate_up is None or down is None or not few_rows.can_run(shape):
+            if qkv is None or out is None or gate_up is None or down is None or not can_run(shape):
                 return None
             norms = [self.norm_in[index], self.norm_mlp[index]]
             if self.norm_q is not None and self.norm_k is not None:

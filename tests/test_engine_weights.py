@@ -242,7 +242,8 @@ def test_a_copy_for_drafts_is_made_only_where_it_is_of_use(kernel: bool, monkeyp
     assert form(model) == (best if kernel or is_int4_fast() else "exact")
     assert form(model, drafts=("lookup",)) == "exact"
     assert form(make_fused(make_mixed())) == "exact"
-    assert form(make_fused(make_similar()).bfloat16()) == ("int8" if kernel else "exact")
+    assert form(make_fused(make_similar()).bfloat16(), pack=True) == ("int8" if kernel else "exact")
+    assert form(make_fused(make_similar()).bfloat16(), pack=False) == "exact"  # where memory is short
     if kernel or has_fbgemm():
         assert form(model, weights="half", draft_weights="half") == "exact"  # they are in half already
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")

@@ -106,6 +106,8 @@ def _bytes_of_copies(model: PreTrainedModel, num_weights: int, options: EngineOp
     if options.release_model and (options.weights != "exact" or copies_16_bit):
         own = max(own - first.element_size(), 0.0)
     of_auto = 1.0 if few_rows.has_kernel() else 0.625
+    if first.dtype != torch.float32 and not packs:
+        of_auto = 0.0
     drafts = {"auto": of_auto, "int4": 0.625, "int8": 1.0, "half": 2.0, "exact": 0.0}[options.draft_weights]
     return int((own + (drafts if "self" in options.drafts else 0.0)) * num_weights)
 

@@ -26,7 +26,7 @@ class EngineOptions:
         drafts: Kinds of speculation; none to decode plainly.
         draft_weights: Format of a copy of the weights with which a specialist runs ahead, which changes no token;
             "auto" is int8 (a quarter of fp32) for Llama-like specialists on the CPU, or int4 without our own kernel;
-            "exact" makes none.
+            of weights in 16 bits only where memory allows `pack`; "exact" makes none.
         max_draft_choices: With more choices in the batch nothing is drafted.
         skip_below: Weight under which a specialist is left out until it catches up; not exact, nothing is drafted with
             it, and `EngineStats` says how often it changed nothing. 0 runs everybody.

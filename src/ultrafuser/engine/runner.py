@@ -77,7 +77,7 @@ class Runner:
         kind: "stacked" runs equal specialists in one pass, "sequential" never does, "auto" does where it is faster.
         form: Format of the weights; others than "exact" need Llama-like specialists on the CPU.
         draft_form: Format of the weights with which specialists run ahead; "auto" is int8 where our own kernel is,
-            or int4 where torch's is fast.
+            or int4 where torch's is fast; for weights in 16 bits only where they may be copied.
         draft: A small model of the same vocabulary that drafts.
         static_shapes: Run steps of few tokens in constant shapes; None does so on CUDA.
         pack: Copy exact weights where that makes them faster.
@@ -113,7 +113,7 @@ class Runner:
         self._place: list[tuple[_Group, int]] = []  # of each view: its group, and which member it is there
         grouped = _grouped(models, self.num_specialists, kind)
         is_lean = all(stack is not None for views, stack in grouped if views[0] < self.num_specialists)
-        self.draft_form = _draft_form(draft_form, form, models[: self.num_specialists], is_lean)
+        self.draft_form = _draft_form(draft_form, form, models[: self.num_specialists], is_lean, pack)
         weights = _Weights(form, pack, release, static_shapes)
         for views, stack in grouped:
             drafts = self.draft_form if views[0] < self.num_specialists else "exact"
@@ -277,20 +277,18 @@ def _make_group(
 
 
 def _draft_form(
-    wanted: DraftWeights, form: WeightFormat, specialists: Sequence[PreTrainedModel], is_lean: bool
+    wanted: DraftWeights, form: WeightFormat, specialists: Sequence[PreTrainedModel], is_lean: bool, pack: bool
 ) -> AnyFormat:
     """The format of drafts: exact, too, where the weights themselves are in the wanted one."""
     if wanted in ("exact", form):
         return "exact"
-    is_16_bit_fast = few_rows.has_kernel()
-    fits = is_lean and all(
-        model.device.type == "cpu" and (form != "exact" or model.dtype == torch.float32 or is_16_bit_fast)
-        for model in specialists
-    )
+    is_fp32 = all(model.dtype == torch.float32 for model in specialists)
+    fits = is_lean and all(model.device.type == "cpu" for model in specialists)
+    fits = fits and (is_fp32 or form != "exact" or few_rows.has_kernel())
     if wanted == "auto":
-        best: AnyFormat = "int8" if few_rows.has_kernel() else "int4"
-        is_fast = best == "int8" or is_int4_fast()
-        return best if fits and is_fast and form != "int8" else "exact"
+        if not fits or form == "int8" or not (is_fp32 or pack):  # half as much again of 16 bits
+            return "exact"
+        return "int8" if few_rows.has_kernel() else "int4" if is_int4_fast() else "exact"
     if not fits:
         raise ConfigError(f"drafts in {wanted} take Llama-like specialists in fp32 on the CPU: use auto or exact")
     return wanted

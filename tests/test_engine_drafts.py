@@ -113,6 +113,16 @@ def test_what_a_step_takes_beside_its_passes_counts():
     assert planner.plan(1, [DraftHistory()], everything()) == PLAIN
 
 
+def test_where_a_pass_is_shorter_than_a_millisecond_nothing_is_drafted():
+    """Noise would decide: what drafts save there is less than what bookkeeping takes."""
+    planner = make_planner(("lookup",), **{f"rows_{n + 1}": 1.0 for n in LENGTHS})
+    assert planner.plan(1, [DraftHistory()], everything()).kind == "lookup"
+    planner.costs.planning[1] = 1e-5
+    planner.costs.passes = {key: 9e-4 * seconds for key, seconds in planner.costs.passes.items()}
+    assert planner.plan(1, [DraftHistory()], everything()) == PLAIN
+    assert planner.rest_after(1) == 16
+
+
 def test_deciding_rests_where_it_takes_more_than_its_share():
     planner = make_planner(("lookup",))
     assert planner.rest_after(1) == 0  # nothing is known of what it takes

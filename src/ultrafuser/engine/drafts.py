@@ -30,6 +30,7 @@ _KEEP_TYPICAL = 0.98  # the same for what is typical of all choices
 _FIRST_RETRY, _LAST_RETRY = 16, 256  # tokens until a kind that did not pay is tried again
 _GAIN = 1.05  # what a draft must promise before it is made
 _OPEN_GAIN = 1.0  # the same where its writer stops by itself: little is lost, and something is learnt
+_SHORTEST_PASS = 1e-3  # seconds: of shorter ones most is bookkeeping, which drafts do not save, and noise would decide
 _PLANNING = 0.02  # of the time, at most, where nothing is drafted
 _LONGEST_REST = 16  # tokens
 _KEEP_BLOCKS = 0.97  # of averages over blocks, of which a few say little
@@ -298,7 +299,7 @@ class Planner:
             possible: Longest draft of each kind that can be made now; kinds that cannot are missing.
         """
         one = self.costs.of_pass(num_choices, 1)
-        if not possible or num_choices > self.max_choices or one is None:
+        if not possible or num_choices > self.max_choices or one is None or one < _SHORTEST_PASS:
             return PLAIN
         plain = 1 / (one + self.costs.of_rest(None))
         best, best_speed = PLAIN, _GAIN * plain
@@ -328,6 +329,8 @@ class Planner:
         one, planning = self.costs.of_pass(num_choices, 1), self.costs.planning.get(num_choices)
         if one is None or planning is None:
             return 0
+        if one < _SHORTEST_PASS:
+            return _LONGEST_REST
         return min(int(planning / (_PLANNING * one)), _LONGEST_REST)
 
     def course(self, plan: Plan, histories: Sequence[DraftHistory]) -> Course | None:

@@ -137,8 +137,8 @@ INLINE float wide_sum_of(wide v) {
 INLINE void tile(const float *x, const char *weight, const float *units, float *y, long num_in, long num_out,
                  long first, long gap, int rows, int outs, int reads_ahead, enum kind kind) {
     const long size = size_of(kind), stride = gap * num_in * size;
-    wide sums[8][4], parts[4];
-#pragma GCC unroll 8
+    wide sums[6][4], parts[4];
+#pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int o = 0; o < outs; o++) sums[r][o] = (wide){0};
@@ -151,7 +151,7 @@ INLINE void tile(const float *x, const char *weight, const float *units, float *
             KEEP(parts[o]);
             if (reads_ahead) __builtin_prefetch(at + AHEAD, 0, 2);
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             wide values = *(const wide_anywhere *)(x + r * num_in + i);
             KEEP(values);
@@ -160,13 +160,13 @@ INLINE void tile(const float *x, const char *weight, const float *units, float *
         }
     }
     if (i < num_in) {
-#pragma GCC unroll 8
+#pragma GCC unroll 6
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
             for (int o = 0; o < outs; o++)
                 sums[r][o] += rest_product(x + r * num_in + i, weight + o * stride + i * size, num_in - i, kind);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int o = 0; o < outs; o++)
@@ -184,24 +184,17 @@ INLINE void tile(const float *x, const char *weight, const float *units, float *
 #define CASE(kind, rows, outs)                                                                                         \
     case 10 * outs + rows:                                                                                             \
         tile_##kind##_##rows##_##outs(x + r * num_in, weight + o * stride, units, y + r * num_out + o, num_in,         \
-                                      num_out, o, gap, num_rows > 2);                                          \
+                                      num_out, o, gap, num_rows > 2);                                                  \
         break;
 
-#define MOST_ROWS 6 /* of a tile */
-#if WIDE > LANES     /* registers are twice as many, too */
+/* The tiles that there are, by rows and outputs: for as many registers as there are. */
+#define MOST_ROWS 6
+#if WIDE > LANES
 #define NUM_STREAMS(num_rows) 4
-#define DEFINE_TILES(kind)                                                                                             \
-    DEFINE_TILE(kind, 1, 4) DEFINE_TILE(kind, 2, 4) DEFINE_TILE(kind, 3, 4)                                            \
-    DEFINE_TILE(kind, 4, 4) DEFINE_TILE(kind, 5, 4) DEFINE_TILE(kind, 6, 4)
-#define CASES(kind)                                                                                                    \
-    CASE(kind, 1, 4) CASE(kind, 2, 4) CASE(kind, 3, 4) CASE(kind, 4, 4) CASE(kind, 5, 4) CASE(kind, 6, 4)
+#define TILES(DO, kind) DO(kind, 1, 4) DO(kind, 2, 4) DO(kind, 3, 4) DO(kind, 4, 4) DO(kind, 5, 4) DO(kind, 6, 4)
 #else
 #define NUM_STREAMS(num_rows) (num_rows <= 2 ? 4 : 2)
-#define DEFINE_TILES(kind)                                                                                             \
-    DEFINE_TILE(kind, 1, 4) DEFINE_TILE(kind, 2, 4) DEFINE_TILE(kind, 3, 2)                                            \
-    DEFINE_TILE(kind, 4, 2) DEFINE_TILE(kind, 5, 2) DEFINE_TILE(kind, 6, 2)
-#define CASES(kind)                                                                                                    \
-    CASE(kind, 1, 4) CASE(kind, 2, 4) CASE(kind, 3, 2) CASE(kind, 4, 2) CASE(kind, 5, 2) CASE(kind, 6, 2)
+#define TILES(DO, kind) DO(kind, 1, 4) DO(kind, 2, 4) DO(kind, 3, 2) DO(kind, 4, 2) DO(kind, 5, 2) DO(kind, 6, 2)
 #endif
 
 /* All rows by the outputs [first, last) of one member. The outputs of a tile lie a quarter (or half) of them apart, so
@@ -209,7 +202,7 @@ INLINE void tile(const float *x, const char *weight, const float *units, float *
    With several rows arithmetic takes as long as reading does, and memory would rest meanwhile: a few KiB ahead are
    asked for, into the second cache. */
 #define DEFINE_OUTPUTS(kind)                                                                                           \
-    DEFINE_TILE(kind, 1, 1) DEFINE_TILES(kind)                                                                         \
+    DEFINE_TILE(kind, 1, 1) TILES(DEFINE_TILE, kind)                                                                   \
     static void outputs_##kind(const float *x, const char *weight, const float *units, float *y, long num_rows,        \
                                long num_in, long num_out, long first, long last) {                                     \
         const long num_blocks = (num_rows + MOST_ROWS - 1) / MOST_ROWS, num_streams = NUM_STREAMS(num_rows);           \
@@ -217,7 +210,7 @@ INLINE void tile(const float *x, const char *weight, const float *units, float *
         for (long o = first; o < first + gap; o++)                                                                     \
             for (long block = 0; block < num_blocks; block++) {                                                        \
                 const long r = num_rows * block / num_blocks, rows = num_rows * (block + 1) / num_blocks - r;          \
-                switch (10 * num_streams + rows) { CASES(kind) }                                                       \
+                switch (10 * num_streams + rows) { TILES(CASE, kind) }                                                 \
             }                                                                                                          \
         for (long o = first + num_streams * gap; o < last; o++)                                                        \
             for (long r = 0; r < num_rows; r++)                                                                        \

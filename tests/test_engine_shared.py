@@ -19,6 +19,7 @@ from engine_helpers import (
     greedy,
     make_engine,
     random_prompts,
+    reference_answer,
     run,
 )
 from helpers import VOCAB_SIZE, make_fused, make_model
@@ -298,11 +299,17 @@ def test_exact_16_bit_specialists_compute_what_the_same_values_in_fp32_do(dtype:
     if not keeps_values(next(rounded.parameters())):
         pytest.skip("without our kernel bf16 is left to a processor that multiplies it")
 
-    engine = make_engine(rounded, chunk=8)  # rows of bf16 are rounded where they are many
+    engine = make_engine(rounded, chunk=8)
 
     stack = engine.runner.groups[0].backbone
     assert stack.compute_dtype == torch.float32
-    assert_answers(merged(wide), request, run(engine, request)[0])
+    (heard,) = run(engine, request)
+    if not few_rows.rounds(dtype):
+        assert_answers(merged(wide), request, heard)
+        return
+    expected = reference_answer(merged(wide), request)
+    assert heard.ids() == expected.ids
+    torch.testing.assert_close(heard.weights(), torch.stack(expected.weights), rtol=0, atol=5e-2)
 
 
 # What does not fit

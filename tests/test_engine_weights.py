@@ -14,7 +14,6 @@ from engine_helpers import assert_answers, greedy, make_engine, make_similar, ru
 from helpers import make_fused, make_mixed, make_model, make_trio
 from ultrafuser.engine import few_rows, weights
 from ultrafuser.engine.fp16 import Fp16Matrix, has_fbgemm
-from ultrafuser.engine.narrow import rounds_many_rows
 from ultrafuser.engine.reduced import HalfProduct, Int4Product, Int8Product, is_int4_fast
 from ultrafuser.engine.weights import ExactProduct, PackedProduct, can_pack, compute_type, make_product
 from ultrafuser.errors import ConfigError
@@ -121,7 +120,7 @@ def test_the_parameters_become_views_of_the_products_buffer_and_stay_the_same(nu
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_weights_that_are_widened_are_those_in_fp32(dtype: torch.dtype):
-    """Whoever multiplies, what comes out is as exact as fp32 is; many rows may be rounded to bf16, as the layers do."""
+    """Whoever multiplies, what comes out is as exact as fp32 is; rows may be rounded to bf16 first, as layers do."""
     parts = [[nn.Linear(24, 40).to(dtype), nn.Linear(24, 17).to(dtype)] for _ in range(2)]
     wide = copy.deepcopy(parts)
     for linears in wide:
@@ -132,9 +131,8 @@ def test_16_bit_weights_that_are_widened_are_those_in_fp32(dtype: torch.dtype):
     product = make_product(parts, "exact", num_threads=2)
     for rows in (1, 3, 32, 33, 70):
         x = torch.randn(2, rows, 24)
-        is_rounded = rows > few_rows.MOST_ROWS and rounds_many_rows(parts[0][0].weight)
-        close = {"rtol": 2e-2, "atol": 2e-2} if is_rounded else {}
-        torch.testing.assert_close(product(x), expected(wide, x), **close)
+        seen = x.to(dtype).float() if few_rows.rounds(dtype) else x
+        torch.testing.assert_close(product(x), expected(wide, seen))
 
 
 @pytest.mark.usefixtures("kernel")

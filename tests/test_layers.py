@@ -14,7 +14,7 @@ PACKAGE = ROOT / "src" / "ultrafuser"
 
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"chat", "files", "drawing", "provenance"},
+    {"chat", "files", "drawing", "provenance", "kernels"},
     {"generation", "config", "alignment", "sandbox"},
     {"data", "model"},
     {"train", "evaluation", "analysis", "baselines", "doctor", "engine", "synthesis", "vllm_plugin"},

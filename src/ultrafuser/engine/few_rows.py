@@ -1,7 +1,8 @@
-"""A few rows through weights, norms and activations, by our own kernels (`native.py`); `passes.py` has whole passes.
+"""A few rows through weights, norms and activations, by our own kernels; `passes.py` has whole passes.
 
-Products are then as fast as memory is read. All in fp32 on the CPU; what a row becomes is the same to the bit whatever
-other rows there are and however many threads.
+Products are then as fast as memory is read. All in fp32 on the CPU, but rows that meet bf16 weights are rounded to bf16
+on processors that multiply such numbers (`rounds`). What a row becomes is the same to the bit whatever other rows there
+are and however many threads.
 
 Shapes: G specialists, M rows of each, I inputs, O outputs, R ranks of all specialists together, H hidden size, F inner
 size.
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ultrafuser.engine.native import KINDS, kernels
+from ultrafuser.kernels.native import KINDS, kernels
 
 MOST_ROWS = 32  # above that arithmetic is what costs, and torch's own products do it better
 
@@ -58,6 +59,16 @@ def has_kernel() -> bool:
     return kernels().few_rows is not None
 
 
+def rounds(dtype: torch.dtype) -> bool:
+    """Whether the kernels round rows that meet weights of this type, as a model in bf16 does itself."""
+    return dtype == torch.bfloat16 and kernels().has_pairs
+
+
+def make_room(num_threads: int, num_values: int) -> Tensor:
+    """Where each thread keeps so many rounded values."""
+    return torch.empty((num_threads, num_values), dtype=torch.bfloat16)
+
+
 def are_few(num_rows: int) -> bool:
     """Whether the kernels, where there are any, take so many rows now: not while torch traces for a compiler."""
     return num_rows <= MOST_ROWS and not torch.compiler.is_compiling()
@@ -93,8 +104,10 @@ def multiply(
         )
     x = x.contiguous()
     y = torch.empty((num_members, num_rows, num_out))
+    rounded = make_room(num_threads, num_rows * num_in if weight.dtype == torch.bfloat16 else 0)
     pointers = (x.data_ptr(), weight.data_ptr(), None if units is None else units.data_ptr(), y.data_ptr())
-    kernels().few_rows(*pointers, num_members, num_rows, num_in, num_out, KINDS[weight.dtype], num_threads)
+    sizes = (num_members, num_rows, num_in, num_out)
+    kernels().few_rows(*pointers, *sizes, KINDS[weight.dtype], num_threads, rounded.data_ptr())
     return y
 
 

@@ -1,8 +1,8 @@
 """Weights in fewer bits than fp32, kept in one buffer: which are best, and how many rows are multiplied by them.
 
-A few rows go to our own kernel (`few_rows.py`), which reads weights as they are and sums in fp32. Many are multiplied
-block by block, each widened to fp32 while it lies in the processor's cache, or in bf16 where both the weights and the
-processor's instructions are.
+A few rows go to our own kernel (`few_rows.py`), which reads weights as they are and sums in fp32. So do many where the
+processor multiplies bf16 numbers and the weights are; else many are multiplied block by block, each widened to fp32
+while it lies in the cache.
 
 Shapes: G specialists, M rows, I inputs, O outputs.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ultrafuser.engine import few_rows
 from ultrafuser.engine.fp16 import has_fbgemm
+from ultrafuser.kernels.bf16 import multiply_bf16
 from ultrafuser.model.device import multiplies_bf16
 
 _BLOCK = 1024  # outputs that are read back at once
@@ -29,8 +30,8 @@ def multiply_narrow(
     """
     if few_rows.has_kernel() and few_rows.are_few(x.shape[1]):
         return few_rows.multiply(x, weight, num_threads, units)
-    if rounds_many_rows(weight):
-        return torch.stack([(rows.bfloat16() @ w.t()).float() for rows, w in zip(x, weight, strict=True)])
+    if few_rows.rounds(weight.dtype):
+        return torch.stack([multiply_bf16(rows.bfloat16(), w) for rows, w in zip(x, weight, strict=True)])
     _, num_out, num_in = weight.shape
     y = x.new_empty((*x.shape[:2], num_out))
     block = x.new_empty((min(_BLOCK, num_out), num_in))
@@ -50,8 +51,3 @@ def keeps_values(weight: Tensor) -> bool:
         return False
     is_slow = weight.dtype == torch.float16 or not multiplies_bf16(weight.device)
     return few_rows.has_kernel() or (is_slow and has_fbgemm())
-
-
-def rounds_many_rows(weight: Tensor) -> bool:
-    """Whether many rows are rounded to bf16, as such a model does itself, since that is several times as fast here."""
-    return weight.dtype == torch.bfloat16 and multiplies_bf16(weight.device)

@@ -1,8 +1,8 @@
 """Whole passes of few rows through stacks of Llama-like models: one call of our own kernel (`native.py`).
 
 What stands between products costs next to nothing then, where torch's operations and Python's calls take more time than
-the arithmetic. All in fp32 on the CPU; what a row becomes is the same to the bit whatever other rows there are and
-however many threads.
+the arithmetic. All in fp32 on the CPU, with rows rounded where `few_rows.py` says. What a row becomes is the same to
+the bit whatever other rows there are and however many threads.
 
 Shapes: G specialists, M rows of each, R ranks of all specialists together, H hidden size, F inner size, B choices, T
 new tokens, Q query heads, K key-value heads, D head size.
@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ultrafuser.engine import native
-from ultrafuser.engine.few_rows import Adapters, Matrix, are_few, are_units, check_plain, own
-from ultrafuser.engine.native import KINDS, MOST_UPS, kernels
+from ultrafuser.engine.few_rows import Adapters, Matrix, are_few, are_units, check_plain, make_room, own
 from ultrafuser.engine.slots import SlotCache, SlotView
+from ultrafuser.kernels import native
+from ultrafuser.kernels.native import KINDS, MOST_UPS, kernels
 
 _LANES = 8
 _LARGEST_HEAD = 256
@@ -90,6 +90,8 @@ class Layers:
         self._narrow = max(shape.num_heads * shape.head_size, shape.inner_size)
         matrices = [matrix for layer in layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         self._room = max((len(m.adapters.down) for m in matrices if m.adapters is not None), default=0)
+        kinds = {m.weight.dtype for m in matrices} | {m.adapters.down.dtype for m in matrices if m.adapters is not None}
+        self._rounded = max(m.weight.shape[2] for m in matrices) if torch.bfloat16 in kinds else 0
         self._tables: dict[int | None, ctypes.Array[native.Layer]] = {}
         self._cache: SlotCache | None = None  # of the last pass
 
@@ -121,6 +123,7 @@ class Layers:
         sizes = (self._wide, self._narrow, self._room)
         wide, narrow, room = (torch.empty(num_members * num_rows * size) for size in sizes)
         scores = torch.empty(self.num_threads * (view.cache.length + _LANES))
+        rounded = make_room(self.num_threads, num_members * num_rows * self._rounded)
         keys, values = self._addresses(view.cache)
         shape, norms = self.shape, self.num_norms if member is None else 1
         attention = native.Attention(
@@ -151,6 +154,8 @@ class Layers:
             narrow=narrow.data_ptr(),
             room=room.data_ptr(),
             attention=attention,
+            rounded=rounded.data_ptr(),
+            num_rounded=rounded.shape[1],
             num_layers=len(self.layers),
             hidden_size=shape.hidden_size,
             inner_size=shape.inner_size,

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ultrafuser.engine.backbones import Backbone
-from ultrafuser.engine.few_rows import MOST_ROWS
-from ultrafuser.engine.narrow import rounds_many_rows
+from ultrafuser.engine.few_rows import rounds
 from ultrafuser.engine.slots import SlotCache
 from ultrafuser.errors import ModelError
 from ultrafuser.model.backbone import head_logits, last_hidden_state
@@ -76,7 +75,7 @@ def ask_models(
         [_own_logits(model, ids[j, row, :n], in_fp32) for row, n in enumerate(lengths)]
         for j, model in enumerate(models)
     ]
-    is_rounded = longest > MOST_ROWS and rounds_many_rows(models[0].get_output_embeddings().weight)
+    is_rounded = rounds(models[0].get_output_embeddings().weight.dtype)
     dtype = torch.float32 if in_fp32 and not is_rounded else models[0].dtype
     return Proof(ids, lengths, expected, [type(model).__name__ for model in models], list(names), dtype)
 

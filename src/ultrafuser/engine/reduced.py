@@ -18,8 +18,8 @@ from ultrafuser.engine import few_rows
 from ultrafuser.engine.few_rows import Matrix, own
 from ultrafuser.engine.fp16 import Fp16Matrix, has_fbgemm
 from ultrafuser.engine.narrow import multiply_narrow
-from ultrafuser.engine.native import in_large_pages
 from ultrafuser.errors import ConfigError
+from ultrafuser.kernels.native import in_large_pages
 
 _GROUP = 32  # inputs that share a scale in int4
 _INT4_OUTPUTS = 64

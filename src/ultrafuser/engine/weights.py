@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from ultrafuser.engine import few_rows
 from ultrafuser.engine.few_rows import Matrix, own
 from ultrafuser.engine.narrow import keeps_values
-from ultrafuser.engine.native import in_large_pages
 from ultrafuser.engine.reduced import HalfProduct, Int4Product, Int8Product, joined, multiply_matrix
+from ultrafuser.kernels.native import in_large_pages
 
 WeightFormat = Literal["exact", "half", "int8"]
 AnyFormat = Literal["exact", "half", "int8", "int4"]

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ultrafuser.kernels.bf16 import has_bf16_kernel, multiply_bf16
 from ultrafuser.model import loss_terms
 from ultrafuser.model.loss_sums import Labels, Sums
 from ultrafuser.model.loss_terms import Gradients, Inputs, Losses, Wanted, blocks, empty_losses
@@ -52,6 +53,10 @@ class ChunkedPass:
         self.heads = [
             head.to(dtype) if self.is_kept else head for head, dtype in zip(inputs.heads, inputs.dtypes, strict=True)
         ]
+        self.are_narrow = [
+            dtype == torch.bfloat16 and self.exact == torch.float32 and head.is_contiguous() and _is_fast(head.device)
+            for head, dtype in zip(self.heads, inputs.dtypes, strict=True)
+        ]
         self.losses = empty_losses(inputs, wanted)
         self.gradients = self._empty_gradients()
 
@@ -62,7 +67,7 @@ class ChunkedPass:
         # Used again for every chunk: new memory would cost a page fault for each 4 KiB.
         self._fused = make_room(len(self.blocks) if self.is_kept else 1)
         self._own = make_room(specialists if self.is_weighed or wanted.details else 0)
-        self._product = make_room(1 if self.is_weighed else 0)
+        self._product = make_room(1)[0] if self.is_weighed or (any(self.are_narrow) and not self._own) else None
 
     @torch.no_grad()
     def run(self) -> tuple[Losses, Gradients]:
@@ -76,17 +81,17 @@ class ChunkedPass:
         inputs, wanted = self.inputs, self.wanted
         labels, mix = inputs.labels[rows], inputs.weights[rows].to(self.exact)
         hiddens = [h[rows].to(dtype) for h, dtype in zip(inputs.hiddens, inputs.dtypes, strict=True)]
-        factors = [hidden.to(self.exact) for hidden in hiddens]
-        if not self._own:
-            factors = [factor * mix[:, i, None] for i, factor in enumerate(factors)]
+        factors = [self._factor(i, hidden, mix) for i, hidden in enumerate(hiddens)]
         fused = Sums(mix, weighed=self.is_weighed, located=wanted.details)
         alone = [Sums(mix) for _ in hiddens] if wanted.details else []
         for number, block in enumerate(self.blocks):
             logits = _shaped(self._fused[number if self.is_kept else 0], len(mix), block)
             own = [_shaped(room, len(mix), block) for room in self._own]
-            self._multiply(factors, mix, block, logits, own)
+            product = None if self._product is None else _shaped(self._product, len(mix), block)
+            products: list[Tensor | None] = [*own] or [product if is_narrow else None for is_narrow in self.are_narrow]
+            self._multiply(factors, mix, block, logits, products)
             here = Labels(labels, block)
-            fused.add(logits, here, own, *(_shaped(room, len(mix), block) for room in self._product))
+            fused.add(logits, here, own, product)
             for own_logits, sums in zip(own, alone, strict=False):
                 sums.add(own_logits, here)
         self.losses.nll[rows] = fused.nll
@@ -100,30 +105,39 @@ class ChunkedPass:
         if self.is_kept:
             self._add_gradients(fused, hiddens, mix, rows)
 
+    def _factor(self, i: int, hidden: Tensor, mix: Tensor) -> Tensor:
+        """What a head is multiplied by: weighed already where nobody needs the specialist's own logits."""
+        if self.are_narrow[i]:
+            return hidden
+        exact = hidden.to(self.exact)
+        return exact if self._own else exact * mix[:, i, None]
+
     def _multiply(
-        self, factors: Sequence[Tensor], mix: Tensor, block: slice, fused: Tensor, own: Sequence[Tensor]
+        self, factors: Sequence[Tensor], mix: Tensor, block: slice, fused: Tensor, products: Sequence[Tensor | None]
     ) -> None:
-        """Fill a block with the fused logits [C, W], and those of each specialist if there is room for them."""
+        """Fill a block with the fused logits [C, W], over the products of those specialists that have room for one."""
         inputs = self.inputs
         for i, (factor, head, bias, dtype) in enumerate(
             zip(factors, self.heads, inputs.biases, inputs.dtypes, strict=True)
         ):
             # In fp32 for bf16, too: a logit rounded to bf16 moves its probability by percents, and a product of bf16
             # numbers is exact in fp32.
-            columns = head[block].to(dtype).to(self.exact).T
-            weight = mix[:, i, None]
-            if not own:
-                torch.addmm(fused, factor, columns, beta=1 if i else 0, out=fused)
+            weight, rows, product = mix[:, i, None], head[block].to(dtype), products[i]
+            if product is None:
+                torch.addmm(fused, factor, rows.to(self.exact).T, beta=1 if i else 0, out=fused)
                 if bias is not None:
                     fused.addcmul_(weight, bias[block].to(self.exact))
                 continue
-            torch.mm(factor, columns, out=own[i])
-            if bias is not None:
-                own[i].add_(bias[block].to(self.exact))
-            if i:
-                fused.addcmul_(own[i], weight)
+            if self.are_narrow[i]:
+                multiply_bf16(factor, rows, product)
             else:
-                torch.mul(own[i], weight, out=fused)
+                torch.mm(factor, rows.to(self.exact).T, out=product)
+            if bias is not None:
+                product.add_(bias[block].to(self.exact))
+            if i:
+                fused.addcmul_(product, weight)
+            else:
+                torch.mul(product, weight, out=fused)
         if inputs.add_others is not None:
             inputs.add_others(fused)
 
@@ -174,6 +188,11 @@ class ChunkedPass:
             [zeros(h) if w else None for h, w in zip(inputs.heads, wanted.heads, strict=True)],
             [zeros(b) if b is not None and w else None for b, w in zip(inputs.biases, wanted.biases, strict=True)],
         )
+
+
+def _is_fast(device: torch.device) -> bool:
+    """Whether our own kernel multiplies bf16 numbers there."""
+    return device.type == "cpu" and has_bf16_kernel()
 
 
 def _shaped(room: Tensor, rows: int, block: slice) -> Tensor:

@@ -25,9 +25,16 @@
 #endif
 #define SHARED 32768 /* numbers from which several threads make them faster than one */
 #define AHEAD 4096 /* bytes */
+#define KEPT 64 /* outputs whose weights stay in the cache */
 #define TILE 4 /* outputs: the unit in which threads share the work, and those of a tile */
 
-enum kind { FP32, BF16, FP16, INT8 };
+/* PAIRS: bf16 by bf16, two products an instruction, where the processor has it; rows are rounded for it. */
+enum kind { FP32, BF16, FP16, INT8, PAIRS };
+#ifdef __AVX512BF16__
+#define HAS_PAIRS 1
+#else
+#define HAS_PAIRS 0
+#endif
 
 typedef float four __attribute__((vector_size(16)));
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -44,12 +51,16 @@ typedef int8_t bytes __attribute__((vector_size(WIDE), aligned(1), may_alias));
    Decoding multiplies one to some tens of rows by every weight there is, so the time is that of reading weights, if
    each is read once and in order, whatever the number of rows. So a tile of a few outputs meets all rows while it is
    in the cache, and each thread gets a part of the outputs. Weights are fp32, bf16, fp16 or int8; rows, sums and
-   outputs are fp32.
+   outputs are fp32. Where there are PAIRS, rows that meet bf16 weights are rounded to bf16, as models in bf16 do.
 
    A sum is made in the same order for any number of rows, members and threads: an answer does not depend on which
    others are in its batch. */
 
 INLINE long size_of(enum kind kind) { return kind == FP32 ? 4 : kind == INT8 ? 1 : 2; }
+
+/* What rows are where they meet weights of a kind, and how many numbers a vector holds of them. */
+INLINE enum kind rows_kind(enum kind kind) { return kind == PAIRS ? PAIRS : FP32; }
+INLINE long lanes_of(enum kind kind) { return kind == PAIRS ? 2 * WIDE : WIDE; }
 
 /* A value stays in a register. Compilers like to read it from the cache again for each product, which is slower. */
 #ifdef __x86_64__
@@ -59,7 +70,10 @@ INLINE long size_of(enum kind kind) { return kind == FP32 ? 4 : kind == INT8 ? 1
 #endif
 
 /* Said and not left to the compiler, which rounds once in some tiles and twice in others: sums would depend on them. */
-INLINE wide add_product(wide sum, wide x, wide weight) {
+INLINE wide add_product(wide sum, wide x, wide weight, enum kind kind) {
+#if HAS_PAIRS
+    if (kind == PAIRS) return (wide)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)weight);
+#endif
 #if defined(__AVX512F__)
     return (wide)_mm512_fmadd_ps((__m512)x, (__m512)weight, (__m512)sum);
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -71,9 +85,9 @@ INLINE wide add_product(wide sum, wide x, wide weight) {
 #endif
 }
 
-/* WIDE weights in fp32. */
+/* WIDE weights in fp32; 2 * WIDE as they are if they are PAIRS. */
 INLINE wide load(const char *at, enum kind kind) {
-    if (kind == FP32) return *(const wide_anywhere *)at;
+    if (kind == FP32 || kind == PAIRS) return *(const wide_anywhere *)at;
 #if defined(__AVX512F__)
     if (kind == INT8) return (wide)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));
     const __m256i read = _mm256_loadu_si256((const __m256i *)at);
@@ -97,7 +111,7 @@ INLINE wide load(const char *at, enum kind kind) {
 #endif
 }
 
-/* The last weights of an output, fewer than WIDE, filled up with zeros. */
+/* The last weights of an output, fewer than a vector holds, filled up with zeros. */
 INLINE wide load_rest(const char *at, long count, enum kind kind) {
     char copy[4 * WIDE] = {0};
     memcpy(copy, at, count * size_of(kind));
@@ -105,8 +119,8 @@ INLINE wide load_rest(const char *at, long count, enum kind kind) {
 }
 
 /* The product of the last inputs and weights. No part of a tile, where their copies would take the registers. */
-static NOINLINE wide rest_product(const float *x, const char *weight, long count, enum kind kind) {
-    return load_rest((const char *)x, count, FP32) * load_rest(weight, count, kind);
+static NOINLINE wide rest_product(const char *x, const char *weight, long count, enum kind kind) {
+    return add_product((wide){0}, load_rest(x, count, rows_kind(kind)), load_rest(weight, count, kind), kind);
 }
 
 /* The same of numbers in fp32, fewer than LANES. */
@@ -122,28 +136,45 @@ INLINE float sum_of(vec v) {
     return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
+/* Of a wide one: what four of them cost at once has the same order. */
 INLINE float wide_sum_of(wide v) {
 #if WIDE == LANES
     return sum_of(v);
 #else
-    const vec low = {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
-    const vec high = {v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]};
-    return sum_of(low + high);
+    four sums;
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; q++) sums[q] = (v[4 * q] + v[4 * q + 2]) + (v[4 * q + 1] + v[4 * q + 3]);
+    return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+#endif
+}
+
+/* Sums of four at once, in a third of the instructions. */
+INLINE four wide_sums_of(wide a, wide b, wide c, wide d) {
+#if defined(__AVX512F__)
+    const __m512 ab = _mm512_unpacklo_ps((__m512)a, (__m512)b) + _mm512_unpackhi_ps((__m512)a, (__m512)b);
+    const __m512 cd = _mm512_unpacklo_ps((__m512)c, (__m512)d) + _mm512_unpackhi_ps((__m512)c, (__m512)d);
+    const __m512 all = (__m512)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd) +
+                       (__m512)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+    const __m256 half = _mm512_castps512_ps256(all) + (__m256)_mm512_extractf64x4_pd((__m512d)all, 1);
+    return (four)(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#else
+    return (four){wide_sum_of(a), wide_sum_of(b), wide_sum_of(c), wide_sum_of(d)};
 #endif
 }
 
 /* `rows` by `outs` results: of outputs `first`, `first + gap`, ... Rows, outs and kind are constants where this is inlined,
    so `sums` lies in registers. `weight` and `y` begin at output `first`, `units` at output 0. */
-INLINE void tile(const float *x, const char *weight, const float *units, float *y, long num_in, long num_out,
+INLINE void tile(const char *x, const char *weight, const float *units, float *y, long num_in, long num_out,
                  long first, long gap, int rows, int outs, int reads_ahead, enum kind kind) {
-    const long size = size_of(kind), stride = gap * num_in * size;
+    const enum kind own = rows_kind(kind);
+    const long size = size_of(kind), stride = gap * num_in * size, row = num_in * size_of(own), step = lanes_of(kind);
     wide sums[6][4], parts[4];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int o = 0; o < outs; o++) sums[r][o] = (wide){0};
     long i = 0;
-    for (; i + WIDE <= num_in; i += WIDE) {
+    for (; i + step <= num_in; i += step) {
 #pragma GCC unroll 4
         for (int o = 0; o < outs; o++) {
             const char *at = weight + o * stride + i * size;
@@ -153,10 +184,10 @@ INLINE void tile(const float *x, const char *weight, const float *units, float *
         }
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
-            wide values = *(const wide_anywhere *)(x + r * num_in + i);
+            wide values = load(x + r * row + i * size_of(own), own);
             KEEP(values);
 #pragma GCC unroll 4
-            for (int o = 0; o < outs; o++) sums[r][o] = add_product(sums[r][o], values, parts[o]);
+            for (int o = 0; o < outs; o++) sums[r][o] = add_product(sums[r][o], values, parts[o], kind);
         }
     }
     if (i < num_in) {
@@ -164,18 +195,26 @@ INLINE void tile(const float *x, const char *weight, const float *units, float *
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
             for (int o = 0; o < outs; o++)
-                sums[r][o] += rest_product(x + r * num_in + i, weight + o * stride + i * size, num_in - i, kind);
+                sums[r][o] += rest_product(x + r * row + i * size_of(own), weight + o * stride + i * size, num_in - i,
+                                           kind);
     }
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows; r++) {
+        four all = {0};
+        if (outs == 4)
+            all = wide_sums_of(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+        else
+#pragma GCC unroll 4
+            for (int o = 0; o < outs; o++) all[o] = wide_sum_of(sums[r][o]);
 #pragma GCC unroll 4
         for (int o = 0; o < outs; o++)
-            y[r * num_out + o * gap] = wide_sum_of(sums[r][o]) * (kind == INT8 ? units[first + o * gap] : 1.0f);
+            y[r * num_out + o * gap] = all[o] * (kind == INT8 ? units[first + o * gap] : 1.0f);
+    }
 }
 
 /* A tile is a function of its own, for the compiler runs out of registers where several are parts of one. */
 #define DEFINE_TILE(kind, rows, outs)                                                                                  \
-    static NOINLINE void tile_##kind##_##rows##_##outs(const float *x, const char *weight, const float *units,         \
+    static NOINLINE void tile_##kind##_##rows##_##outs(const char *x, const char *weight, const float *units,         \
                                                        float *y, long num_in, long num_out, long first, long gap,      \
                                                        int reads_ahead) {                                              \
         tile(x, weight, units, y, num_in, num_out, first, gap, rows, outs, reads_ahead, kind);                         \
@@ -183,12 +222,13 @@ INLINE void tile(const float *x, const char *weight, const float *units, float *
 
 #define CASE(kind, rows, outs)                                                                                         \
     case 10 * outs + rows:                                                                                             \
-        tile_##kind##_##rows##_##outs(x + r * num_in, weight + o * stride, units, y + r * num_out + o, num_in,         \
-                                      num_out, o, gap, num_rows > 2);                                                  \
+        tile_##kind##_##rows##_##outs(x + r * row, weight + o * stride, units, y + r * num_out + o, num_in, num_out,   \
+                                      o, gap, reads_ahead);                                                            \
         break;
 
 /* The tiles that there are, by rows and outputs: for as many registers as there are. */
 #define MOST_ROWS 6
+#define FROM_MEMORY(kind) (kind == PAIRS ? 3 : 2) /* rows up to which arithmetic is not what one waits for */
 #if WIDE > LANES
 #define NUM_STREAMS(num_rows) 4
 #define TILES(DO, kind) DO(kind, 1, 4) DO(kind, 2, 4) DO(kind, 3, 4) DO(kind, 4, 4) DO(kind, 5, 4) DO(kind, 6, 4)
@@ -203,10 +243,12 @@ INLINE void tile(const float *x, const char *weight, const float *units, float *
    asked for, into the second cache. */
 #define DEFINE_OUTPUTS(kind)                                                                                           \
     DEFINE_TILE(kind, 1, 1) TILES(DEFINE_TILE, kind)                                                                   \
-    static void outputs_##kind(const float *x, const char *weight, const float *units, float *y, long num_rows,        \
+    static void outputs_##kind(const char *x, const char *weight, const float *units, float *y, long num_rows,         \
                                long num_in, long num_out, long first, long last) {                                     \
         const long num_blocks = (num_rows + MOST_ROWS - 1) / MOST_ROWS, num_streams = NUM_STREAMS(num_rows);           \
         const long stride = num_in * size_of(kind), gap = (last - first) / num_streams;                                \
+        const long row = num_in * size_of(rows_kind(kind));                                                            \
+        const int reads_ahead = num_rows > FROM_MEMORY(kind);                                                          \
         for (long o = first; o < first + gap; o++)                                                                     \
             for (long block = 0; block < num_blocks; block++) {                                                        \
                 const long r = num_rows * block / num_blocks, rows = num_rows * (block + 1) / num_blocks - r;          \
@@ -214,8 +256,8 @@ INLINE void tile(const float *x, const char *weight, const float *units, float *
             }                                                                                                          \
         for (long o = first + num_streams * gap; o < last; o++)                                                        \
             for (long r = 0; r < num_rows; r++)                                                                        \
-                tile_##kind##_1_1(x + r * num_in, weight + o * stride, units, y + r * num_out + o, num_in, num_out, o, \
-                                  1, 0);                                                                               \
+                tile_##kind##_1_1(x + r * row, weight + o * stride, units, y + r * num_out + o, num_in, num_out, o, 1, \
+                                  0);                                                                                  \
     }
 
 DEFINE_OUTPUTS(FP32)
@@ -223,10 +265,22 @@ DEFINE_OUTPUTS(BF16)
 DEFINE_OUTPUTS(FP16)
 DEFINE_OUTPUTS(INT8)
 
-/* Part `part` of `num_parts` of the work: outputs of all members, one after another, in units of a tile. */
+#if HAS_PAIRS
+DEFINE_OUTPUTS(PAIRS)
+
+static void round_rows(const float *x, uint16_t *y, long count) {
+    for (long i = 0; i < count; i += WIDE) {
+        const __mmask16 rest = count - i < WIDE ? (1 << (count - i)) - 1 : 0xffff;
+        _mm256_mask_storeu_epi16(y + i, rest, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(rest, x + i)));
+    }
+}
+#endif
+
+/* Part `part` of `num_parts` of the work: outputs of all members, one after another, in units of a tile. `rounded` is room
+   for the rows of one member, of this part alone. */
 static void work(const float *x, const char *weight, const float *units, float *y, long num_members, long num_rows,
-                 long num_in, long num_out, int kind, int part, int num_parts) {
-    void (*const call[])(const float *, const char *, const float *, float *, long, long, long, long, long) = {
+                 long num_in, long num_out, int kind, int part, int num_parts, uint16_t *rounded) {
+    void (*const call[])(const char *, const char *, const float *, float *, long, long, long, long, long) = {
         outputs_FP32, outputs_BF16, outputs_FP16, outputs_INT8};
     const long per_member = (num_out + TILE - 1) / TILE, num_tiles = num_members * per_member;
     long now = num_tiles * part / num_parts;
@@ -235,22 +289,60 @@ static void work(const float *x, const char *weight, const float *units, float *
         const long member = now / per_member, start = member * per_member;
         const long stop = start + per_member < end ? start + per_member : end;
         const long last = (stop - start) * TILE < num_out ? (stop - start) * TILE : num_out;
-        call[kind](x + member * num_rows * num_in, weight + member * num_out * num_in * size_of(kind),
-                   kind == INT8 ? units + member * num_out : units, y + member * num_rows * num_out, num_rows, num_in,
-                   num_out, (now - start) * TILE, last);
+        const char *own = (const char *)(x + member * num_rows * num_in);
+        const char *weights = weight + member * num_out * num_in * size_of(kind);
+        float *to = y + member * num_rows * num_out;
+#if HAS_PAIRS
+        if (kind == BF16) {
+            round_rows(x + member * num_rows * num_in, rounded, num_rows * num_in);
+            outputs_PAIRS((const char *)rounded, weights, 0, to, num_rows, num_in, num_out, (now - start) * TILE, last);
+        } else
+#endif
+            call[kind](own, weights, kind == INT8 ? units + member * num_out : units, to, num_rows, num_in, num_out,
+                       (now - start) * TILE, last);
         now = stop;
     }
 }
 
+/* `rounded` is room for the rows of one member for each thread. */
 void ultrafuser_few_rows(const float *x, const void *weight, const float *units, float *y, long num_members,
-                         long num_rows, long num_in, long num_out, int kind, int num_threads) {
-    if (num_threads == 1) {
-        work(x, weight, units, y, num_members, num_rows, num_in, num_out, kind, 0, 1);
-        return;
-    }
-#pragma omp parallel for num_threads(num_threads) schedule(static, 1)
+                         long num_rows, long num_in, long num_out, int kind, int num_threads, uint16_t *rounded) {
+#pragma omp parallel for num_threads(num_threads) schedule(static, 1) if (num_threads > 1)
     for (int part = 0; part < num_threads; part++)
-        work(x, weight, units, y, num_members, num_rows, num_in, num_out, kind, part, num_threads);
+        work(x, weight, units, y, num_members, num_rows, num_in, num_out, kind, part, num_threads,
+             rounded + part * num_rows * num_in);
+}
+
+int ultrafuser_has_pairs(void) { return HAS_PAIRS; }
+
+/* y [num_rows, num_out] of x [num_rows, num_in] and weight [num_out, num_in], both bf16: of any number of rows, each to the
+   bit what `ultrafuser_few_rows` makes of it. Weights of some outputs stay in the cache until all rows have met them. */
+void ultrafuser_multiply_pairs(const char *x, const char *weight, float *y, long num_rows, long num_in, long num_out,
+                               int num_threads) {
+#if HAS_PAIRS
+    const long num_tiles = (num_out + TILE - 1) / TILE, num_blocks = (num_rows + MOST_ROWS - 1) / MOST_ROWS;
+    const long row = 2 * num_in, stride = 2 * num_in, gap = 1;
+    const float *const units = 0;
+    const int reads_ahead = 0;
+#pragma omp parallel for num_threads(num_threads) schedule(static, 1) if (num_threads > 1)
+    for (int part = 0; part < num_threads; part++) {
+        const long end = num_tiles * (part + 1) / num_threads * TILE, last = end < num_out ? end : num_out;
+        for (long first = num_tiles * part / num_threads * TILE; first < last; first += KEPT) {
+            const long stop = first + KEPT < last ? first + KEPT : last, tiled = first + (stop - first) / TILE * TILE;
+            for (long block = 0; block < num_blocks; block++) {
+                const long r = num_rows * block / num_blocks, rows = num_rows * (block + 1) / num_blocks - r;
+                for (long o = first; o < tiled; o += TILE)
+                    switch (10 * TILE + rows) { TILES(CASE, PAIRS) }
+                for (long o = tiled; o < stop; o++)
+                    for (long each = r; each < r + rows; each++)
+                        tile_PAIRS_1_1(x + each * row, weight + o * stride, 0, y + each * num_out + o, num_in, num_out,
+                                       o, 1, 0);
+            }
+        }
+    }
+#else
+    memset(y, 0xff, num_rows * num_out * sizeof(float)); /* never called: NaN */
+#endif
 }
 
 /* B of the adapters of one layer of a product: which of its outputs they add to, from which of its ranks. */
@@ -283,14 +375,14 @@ INLINE void add_ranks(const float *shares, const long *ranks, const char *weight
         wide sums = *(wide_anywhere *)(y + o);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++)
-            sums = add_product(sums, (wide){0} + shares[i], load(weight + (ranks[i] * num_out + o) * size, kind));
+            sums = add_product(sums, (wide){0} + shares[i], load(weight + (ranks[i] * num_out + o) * size, kind), FP32);
         *(wide_anywhere *)(y + o) = sums;
     }
     if (o < last) {
         wide sums = load_rest((const char *)(y + o), last - o, FP32);
         for (int i = 0; i < 4; i++)
             sums = add_product(sums, (wide){0} + shares[i],
-                               load_rest(weight + (ranks[i] * num_out + o) * size, last - o, kind));
+                               load_rest(weight + (ranks[i] * num_out + o) * size, last - o, kind), FP32);
         memcpy(y + o, &sums, (last - o) * sizeof(float));
     }
 }
@@ -335,13 +427,14 @@ static void wait_for_all(const struct team *team) {
 }
 
 /* y [G, M, num_out] of x [G, M, num_in]; where there are adapters `lowered` is room for [G * M, num_ranks]. */
-static void multiply(const struct matrix *a, const float *x, float *y, float *lowered, long num_members, long num_rows,
-                     const struct team *team) {
+static void multiply(const struct matrix *a, const float *x, float *y, float *lowered, uint16_t *rounded,
+                     long num_members, long num_rows, const struct team *team) {
     const long all = num_members * num_rows, rows = a->members == 1 ? all : num_rows;
     const int part = team->part, num_parts = team->num_parts;
-    work(x, a->weight, a->units, y, a->members, rows, a->num_in, a->num_out, a->kind, part, num_parts);
+    work(x, a->weight, a->units, y, a->members, rows, a->num_in, a->num_out, a->kind, part, num_parts, rounded);
     if (a->num_ranks) {
-        work(x, a->down, 0, lowered, 1, all, a->num_in, a->num_ranks, a->adapter_kind, part, num_parts);
+        work(x, a->down, 0, lowered, 1, all, a->num_in, a->num_ranks, a->adapter_kind, part, num_parts,
+             rounded);
         wait_for_all(team);
         for (const struct up *up = a->ups; up < a->ups + a->num_ups; up++) {
             const long num_units = (up->num_out + WIDE - 1) / WIDE, first = num_units * part / num_parts * WIDE;
@@ -565,7 +658,8 @@ struct pass {
     float *y;                     /* [G, M, H]: last hidden states */
     float *wide, *narrow, *room;  /* [G, M, max((Q + 2 K) D, 2 F)], [G, M, max(Q D, F)], and for `multiply` */
     struct attention attention;   /* what all layers have in common */
-    long num_layers, hidden_size, inner_size, norm_members;
+    uint16_t *rounded;            /* [threads, num_rounded]: rows of a product in bf16 */
+    long num_layers, hidden_size, inner_size, norm_members, num_rounded;
     float eps;
 };
 
@@ -579,6 +673,7 @@ static void run(const struct pass *p, const struct team *team) {
     const long from = (inner * part / num_parts + LANES - 1) / LANES * LANES;
     const long to = part + 1 < num_parts ? (inner * (part + 1) / num_parts + LANES - 1) / LANES * LANES : inner;
     float *scores = p->attention.scores + part * (p->attention.length + LANES);
+    uint16_t *rounded = p->rounded + part * p->num_rounded;
     struct attention a = p->attention;
     a.qkv = p->wide;
     a.y = p->narrow;
@@ -587,7 +682,7 @@ static void run(const struct pass *p, const struct team *team) {
     for (long i = 0; i < p->num_layers; i++) {
         const struct layer *own = p->layers + i;
         const float *norm_after = i + 1 < p->num_layers ? own[1].norm_in : p->norm_out;
-        multiply(&own->qkv, p->y, p->wide, p->room, members, rows, team);
+        multiply(&own->qkv, p->y, p->wide, p->room, rounded, members, rows, team);
         a.keys = p->keys[i];
         a.values = p->values[i];
         a.norm_q = own->norm_q;
@@ -595,15 +690,15 @@ static void run(const struct pass *p, const struct team *team) {
         for (long u = num_heads * part / num_parts; u < num_heads * (part + 1) / num_parts; u++)
             attend(&a, u / a.num_kv_heads, u % a.num_kv_heads, scores);
         wait_for_all(team);
-        multiply(&own->out, p->narrow, p->y, p->room, members, rows, team);
+        multiply(&own->out, p->narrow, p->y, p->room, rounded, members, rows, team);
         add_norms(p->x, p->y, own->norm_mlp, p->y, rows, size, p->norm_members, p->eps, first, last);
         wait_for_all(team);
-        multiply(&own->gate_up, p->y, p->wide, p->room, members, rows, team);
+        multiply(&own->gate_up, p->y, p->wide, p->room, rounded, members, rows, team);
         for (long row = 0; row < all; row++)
             silu_mul(p->wide + 2 * row * inner, p->wide + (2 * row + 1) * inner, p->narrow + row * inner,
                      from < inner ? from : inner, to < inner ? to : inner);
         wait_for_all(team);
-        multiply(&own->down, p->narrow, p->y, p->room, members, rows, team);
+        multiply(&own->down, p->narrow, p->y, p->room, rounded, members, rows, team);
         add_norms(p->x, p->y, norm_after, p->y, rows, size, p->norm_members, p->eps, first, last);
         wait_for_all(team);
     }

@@ -86,18 +86,26 @@ class Pass(ctypes.Structure):
     _fields_ = [
         *_pointers("layers", "norm_out", "keys", "values", "x", "y", "wide", "narrow", "room"),
         ("attention", Attention),
-        *_wholes("num_layers", "hidden_size", "inner_size", "norm_members"),
+        *_pointers("rounded"),
+        *_wholes("num_layers", "hidden_size", "inner_size", "norm_members", "num_rounded"),
         ("eps", ctypes.c_float),
     ]
 
 
 class Kernels(NamedTuple):
-    """The functions of the library, or why there are none."""
+    """The functions of the library, or why there are none.
+
+    Attributes:
+        has_pairs: Whether the processor multiplies bf16 numbers, and rows that meet bf16 weights are rounded to bf16.
+        reason: Why there are none.
+    """
 
     few_rows: Any = None
+    multiply_pairs: Any = None
     add_norm: Any = None
     silu_mul: Any = None
     run: Any = None
+    has_pairs: bool = False
     reason: str = ""
 
 
@@ -149,9 +157,12 @@ def check_product(few_rows: Any) -> None:
             x = torch.randn((2, num_rows, num_in), generator=generator)
             weight = torch.randn((2, num_out, num_in), generator=generator).mul_(9).to(dtype)
             units = torch.rand((2, num_out), generator=generator) if dtype == torch.int8 else torch.ones(2, num_out)
+            if dtype == torch.bfloat16:  # rows may be rounded
+                x = x.to(dtype).float()
             y = torch.empty((2, num_rows, num_out))
+            room = torch.empty(num_rows * num_in, dtype=torch.bfloat16)
             pointers = (x.data_ptr(), weight.data_ptr(), units.data_ptr(), y.data_ptr())
-            few_rows(*pointers, 2, num_rows, num_in, num_out, kind, 1)
+            few_rows(*pointers, 2, num_rows, num_in, num_out, kind, 1, room.data_ptr())
             expected = torch.bmm(x, weight.float().transpose(1, 2)) * units[:, None]
             if not torch.allclose(y, expected, rtol=1e-4, atol=1e-3):
                 raise MissingError(f"what the compiler made of it multiplies {dtype} wrongly")
@@ -219,7 +230,8 @@ def _bound(library: Any) -> Kernels:
     """The functions with the types of their arguments."""
     pointer, whole, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     types = {
-        "few_rows": [*[pointer] * 4, *[whole] * 4, *[number] * 2],
+        "few_rows": [*[pointer] * 4, *[whole] * 4, *[number] * 2, pointer],
+        "multiply_pairs": [*[pointer] * 3, *[whole] * 3, number],
         "add_norm": [*[pointer] * 4, *[whole] * 4, ctypes.c_float, number],
         "silu_mul": [*[pointer] * 2, *[whole] * 2, number],
         "run": [ctypes.POINTER(Pass), number],
@@ -228,7 +240,7 @@ def _bound(library: Any) -> Kernels:
     for name, arguments in types.items():
         functions[name] = getattr(library, f"ultrafuser_{name}")
         functions[name].argtypes, functions[name].restype = arguments, None
-    return Kernels(**functions)
+    return Kernels(**functions, has_pairs=bool(library.ultrafuser_has_pairs()))
 
 
 def _fingerprint() -> str:

@@ -188,6 +188,13 @@ def test_a_kept_library_that_is_broken_is_made_anew_for_this_process(tmp_path: P
 
 
 @needs_kernel
+def test_it_is_not_refused_where_torch_is_told_to_compute_in_other_types():
+    """Training may be the first to ask, inside of autocast."""
+    with torch.autocast("cpu", torch.bfloat16):
+        native.check_product(native.kernels().few_rows)
+
+
+@needs_kernel
 def test_a_library_that_computes_something_else_is_not_used():
     with pytest.raises(native.MissingError, match=r"multiplies torch.float32 wrongly"):
         native.check_product(lambda *_: None)

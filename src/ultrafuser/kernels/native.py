@@ -163,8 +163,9 @@ def check_product(few_rows: Any) -> None:
             room = torch.empty(num_rows * num_in, dtype=torch.bfloat16)
             pointers = (x.data_ptr(), weight.data_ptr(), units.data_ptr(), y.data_ptr())
             few_rows(*pointers, 2, num_rows, num_in, num_out, kind, 1, room.data_ptr())
-            expected = torch.bmm(x, weight.float().transpose(1, 2)) * units[:, None]
-            if not torch.allclose(y, expected, rtol=1e-4, atol=1e-3):
+            # In double precision, which is what autocast leaves alone.
+            expected = torch.bmm(x.double(), weight.double().transpose(1, 2)) * units[:, None]
+            if not torch.allclose(y.double(), expected, rtol=1e-4, atol=1e-3):
                 raise MissingError(f"what the compiler made of it multiplies {dtype} wrongly")
 
 

@@ -83,7 +83,7 @@ class Layers:
         self.is_shared = layers[0].qkv.weight.shape[0] < num_members
         check_plain((norm_out, cosines, sines))
         for layer in layers:
-            _check_layer(layer, shape, num_members)
+            _check_layer(layer, shape, num_members, 1 if self.is_shared else num_members)
         self.num_norms = len(norm_out)
         heads = shape.num_heads + 2 * shape.num_kv_heads
         self._wide = max(heads * shape.head_size, 2 * shape.inner_size)
@@ -101,7 +101,7 @@ class Layers:
         return are_few(together) and view.starts is not None and view.cache.keys[0].dtype == torch.float32
 
     def __call__(self, x: Float[Tensor, "G M H"], view: SlotView, member: int | None = None) -> Float[Tensor, "G M H"]:
-        """Embedded tokens, which are written over, to last hidden states; keys and values join the cache.
+        """Embedded tokens to last hidden states; keys and values join the cache.
 
         Args:
             x: Of all members or one.
@@ -120,8 +120,9 @@ class Layers:
         assert view.starts is not None
         rows, starts = view.row_ids.contiguous(), view.starts.contiguous()
         y = torch.empty_like(x)
-        sizes = (self._wide, self._narrow, self._room)
-        wide, narrow, room = (torch.empty(num_members * num_rows * size) for size in sizes)
+        hidden_size = self.shape.hidden_size
+        sizes = (self._wide, self._narrow, hidden_size, self._room, 2 * self.num_threads * hidden_size)
+        wide, narrow, told, room, own_rows = (torch.empty(num_members * num_rows * size) for size in sizes)
         scores = torch.empty(self.num_threads * (view.cache.length + _LANES))
         rounded = make_room(self.num_threads, num_members * num_rows * self._rounded)
         keys, values = self._addresses(view.cache)
@@ -152,13 +153,14 @@ class Layers:
             y=y.data_ptr(),
             wide=wide.data_ptr(),
             narrow=narrow.data_ptr(),
+            told=told.data_ptr(),
             room=room.data_ptr(),
+            own=own_rows.data_ptr(),
             attention=attention,
             rounded=rounded.data_ptr(),
             num_rounded=rounded.shape[1],
             num_layers=len(self.layers),
             hidden_size=shape.hidden_size,
-            inner_size=shape.inner_size,
             norm_members=norms,
             eps=shape.eps,
         )
@@ -233,7 +235,7 @@ def _structure(matrix: Matrix, member: int | None) -> native.Matrix:
     return found
 
 
-def _check_layer(layer: LayerWeights, shape: Shape, num_members: int) -> None:
+def _check_layer(layer: LayerWeights, shape: Shape, num_members: int, num_weights: int) -> None:
     heads = shape.num_heads * shape.head_size
     sizes = {
         "qkv": (heads + 2 * shape.num_kv_heads * shape.head_size, shape.hidden_size),
@@ -243,16 +245,15 @@ def _check_layer(layer: LayerWeights, shape: Shape, num_members: int) -> None:
     }
     for name, (num_out, num_in) in sizes.items():
         matrix: Matrix = getattr(layer, name)
-        count = len(matrix.weight)
-        if matrix.weight.shape != (count, num_out, num_in) or count not in (1, num_members):
-            raise ValueError(f"weights {tuple(matrix.weight.shape)} of {name} are no {(num_members, num_out, num_in)}")
+        if matrix.weight.shape != (num_weights, num_out, num_in):
+            raise ValueError(f"weights {tuple(matrix.weight.shape)} of {name} are no {(num_weights, num_out, num_in)}")
         if matrix.weight.dtype not in KINDS or not are_units(matrix.units, matrix.weight):
             raise ValueError(f"weights of {name} in {matrix.weight.dtype} are none of {', '.join(map(str, KINDS))}")
         check_plain((matrix.weight,), matrix.weight.dtype)
         if matrix.bias is not None:
             check_plain((matrix.bias,))
-            if matrix.bias.shape != (count, num_out):
-                raise ValueError(f"the bias {tuple(matrix.bias.shape)} of {name} is no {(count, num_out)}")
+            if matrix.bias.shape != (num_weights, num_out):
+                raise ValueError(f"the bias {tuple(matrix.bias.shape)} of {name} is no {(num_weights, num_out)}")
         if matrix.adapters is not None:
             _check_adapters(matrix.adapters, name, num_out, num_in, num_members)
     norms = ((layer.norm_in, shape.hidden_size), (layer.norm_mlp, shape.hidden_size))

@@ -25,7 +25,9 @@
 #endif
 #define SHARED 32768 /* numbers from which several threads make them faster than one */
 #define AHEAD 4096 /* bytes */
+#define LINE 16    /* numbers in a line of the cache */
 #define KEPT 64 /* outputs whose weights stay in the cache */
+#define CACHED 262144 /* bytes of weights, after which outputs are still in the cache */
 #define TILE 4 /* outputs: the unit in which threads share the work, and those of a tile */
 
 /* PAIRS: bf16 by bf16, two products an instruction, where the processor has it; rows are rounded for it. */
@@ -276,31 +278,63 @@ static void round_rows(const float *x, uint16_t *y, long count) {
 }
 #endif
 
-/* Part `part` of `num_parts` of the work: outputs of all members, one after another, in units of a tile. `rounded` is room
-   for the rows of one member, of this part alone. */
-static void work(const float *x, const char *weight, const float *units, float *y, long num_members, long num_rows,
-                 long num_in, long num_out, int kind, int part, int num_parts, uint16_t *rounded) {
-    void (*const call[])(const char *, const char *, const float *, float *, long, long, long, long, long) = {
-        outputs_FP32, outputs_BF16, outputs_FP16, outputs_INT8};
-    const long per_member = (num_out + TILE - 1) / TILE, num_tiles = num_members * per_member;
-    long now = num_tiles * part / num_parts;
-    const long end = num_tiles * (part + 1) / num_parts;
-    while (now < end) {
-        const long member = now / per_member, start = member * per_member;
-        const long stop = start + per_member < end ? start + per_member : end;
-        const long last = (stop - start) * TILE < num_out ? (stop - start) * TILE : num_out;
-        const char *own = (const char *)(x + member * num_rows * num_in);
-        const char *weights = weight + member * num_out * num_in * size_of(kind);
-        float *to = y + member * num_rows * num_out;
+/* What one thread has of a product: outputs [first, last) of a member, in units of a tile, then of the next member. Outputs
+   may be several pieces side by side, as gate and up are; then it has the same part of each. */
+struct share {
+    long now, end, per_member, width, member, first, last;
+};
+
+static struct share share_of(long num_members, long num_out, long num_pieces, int part, int num_parts) {
+    const long width = num_out / num_pieces, per_member = (width + TILE - 1) / TILE, all = num_members * per_member;
+    return (struct share){all * part / num_parts, all * (part + 1) / num_parts, per_member, width, 0, 0, 0};
+}
+
+/* The next member, if there is one. */
+static int goes_on(struct share *s) {
+    if (s->now >= s->end) return 0;
+    s->member = s->now / s->per_member;
+    const long start = s->member * s->per_member, stop = start + s->per_member < s->end ? start + s->per_member : s->end;
+    s->first = (s->now - start) * TILE;
+    s->last = (stop - start) * TILE < s->width ? (stop - start) * TILE : s->width;
+    s->now = stop;
+    return 1;
+}
+
+/* Rows as weights of a kind want them: rounded, where these are multiplied as PAIRS. */
+static const char *rows_for(enum kind *kind, const float *x, long count, uint16_t *rounded) {
 #if HAS_PAIRS
-        if (kind == BF16) {
-            round_rows(x + member * num_rows * num_in, rounded, num_rows * num_in);
-            outputs_PAIRS((const char *)rounded, weights, 0, to, num_rows, num_in, num_out, (now - start) * TILE, last);
-        } else
+    if (*kind == BF16) {
+        *kind = PAIRS;
+        round_rows(x, rounded, count);
+        return (const char *)rounded;
+    }
 #endif
-            call[kind](own, weights, kind == INT8 ? units + member * num_out : units, to, num_rows, num_in, num_out,
-                       (now - start) * TILE, last);
-        now = stop;
+    return (const char *)x;
+}
+
+/* Outputs [first, last) of each piece, of all rows of a member. */
+static void outputs(enum kind kind, const char *rows, const char *weight, const float *units, float *y, long num_rows,
+                    long num_in, long num_out, long width, long first, long last) {
+    void (*const call[])(const char *, const char *, const float *, float *, long, long, long, long, long) = {
+        outputs_FP32, outputs_BF16, outputs_FP16, outputs_INT8,
+#if HAS_PAIRS
+        outputs_PAIRS,
+#endif
+    };
+    for (long piece = 0; piece < num_out; piece += width)
+        call[kind](rows, weight + piece * num_in * size_of(kind), kind == INT8 ? units + piece : units, y + piece, num_rows,
+                   num_in, num_out, first, last);
+}
+
+/* The product's share of one thread; `rounded` is room for the rows of one member. */
+static void work(const float *x, const char *weight, const float *units, float *y, struct share share, long num_rows,
+                 long num_in, long num_out, enum kind kind, uint16_t *rounded) {
+    while (goes_on(&share)) {
+        const long before = share.member * num_out;
+        enum kind own = kind;
+        const char *rows = rows_for(&own, x + share.member * num_rows * num_in, num_rows * num_in, rounded);
+        outputs(own, rows, weight + before * num_in * size_of(kind), kind == INT8 ? units + before : units,
+                y + before * num_rows, num_rows, num_in, num_out, share.width, share.first, share.last);
     }
 }
 
@@ -309,7 +343,7 @@ void ultrafuser_few_rows(const float *x, const void *weight, const float *units,
                          long num_rows, long num_in, long num_out, int kind, int num_threads, uint16_t *rounded) {
 #pragma omp parallel for num_threads(num_threads) schedule(static, 1) if (num_threads > 1)
     for (int part = 0; part < num_threads; part++)
-        work(x, weight, units, y, num_members, num_rows, num_in, num_out, kind, part, num_threads,
+        work(x, weight, units, y, share_of(num_members, num_out, 1, part, num_threads), num_rows, num_in, num_out, kind,
              rounded + part * num_rows * num_in);
 }
 
@@ -374,8 +408,11 @@ INLINE void add_ranks(const float *shares, const long *ranks, const char *weight
     for (; o + WIDE <= last; o += WIDE) {
         wide sums = *(wide_anywhere *)(y + o);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            sums = add_product(sums, (wide){0} + shares[i], load(weight + (ranks[i] * num_out + o) * size, kind), FP32);
+        for (int i = 0; i < 4; i++) {
+            const char *at = weight + (ranks[i] * num_out + o) * size;
+            sums = add_product(sums, (wide){0} + shares[i], load(at, kind), FP32);
+            __builtin_prefetch(at + 4 * num_out * size); /* the next four ranks, or those of the next member */
+        }
         *(wide_anywhere *)(y + o) = sums;
     }
     if (o < last) {
@@ -404,6 +441,20 @@ static void add_up(const float *lowered, const float *scales, const struct up *u
     }
 }
 
+/* What adapters and bias add to the outputs [first, last) of a row. */
+static void add_to(const struct matrix *a, const float *lowered, long whose, float *y, long member, long first, long last) {
+    const float *scales = a->scales + whose * a->num_ranks;
+    for (const struct up *up = a->ups; up < a->ups + a->num_ups; up++) {
+        const long from = first > up->first_out ? first : up->first_out, end = up->first_out + up->num_out;
+        const long to = last < end ? last : end;
+        if (from < to)
+            add_up(lowered + up->first_rank, scales + up->first_rank, up, a->adapter_kind, y + up->first_out,
+                   from - up->first_out, to - up->first_out);
+    }
+    if (a->bias)
+        for (long o = first; o < last; o++) y[o] += a->bias[member * a->num_out + o];
+}
+
 /* The threads of one pass: each does its part of every step and waits for the others before the next. Steps take some
    microseconds, so waiting is spinning, which costs a tenth of what leaving and entering a parallel region does. */
 struct team {
@@ -424,34 +475,6 @@ static void wait_for_all(const struct team *team) {
             PAUSE();
         else
             sched_yield(); /* more threads than processors */
-}
-
-/* y [G, M, num_out] of x [G, M, num_in]; where there are adapters `lowered` is room for [G * M, num_ranks]. */
-static void multiply(const struct matrix *a, const float *x, float *y, float *lowered, uint16_t *rounded,
-                     long num_members, long num_rows, const struct team *team) {
-    const long all = num_members * num_rows, rows = a->members == 1 ? all : num_rows;
-    const int part = team->part, num_parts = team->num_parts;
-    work(x, a->weight, a->units, y, a->members, rows, a->num_in, a->num_out, a->kind, part, num_parts, rounded);
-    if (a->num_ranks) {
-        work(x, a->down, 0, lowered, 1, all, a->num_in, a->num_ranks, a->adapter_kind, part, num_parts,
-             rounded);
-        wait_for_all(team);
-        for (const struct up *up = a->ups; up < a->ups + a->num_ups; up++) {
-            const long num_units = (up->num_out + WIDE - 1) / WIDE, first = num_units * part / num_parts * WIDE;
-            const long end = num_units * (part + 1) / num_parts * WIDE, last = end < up->num_out ? end : up->num_out;
-            for (long row = 0; row < all; row++)
-                add_up(lowered + row * a->num_ranks + up->first_rank,
-                       a->scales + row / num_rows * a->num_ranks + up->first_rank, up, a->adapter_kind,
-                       y + row * a->num_out + up->first_out, first, last);
-        }
-    }
-    wait_for_all(team);
-    if (!a->bias) return;
-    for (long row = all * part / num_parts; row < all * (part + 1) / num_parts; row++) {
-        const float *bias = a->bias + (a->members == 1 ? 0 : row / num_rows * a->num_out);
-        for (long i = 0; i < a->num_out; i++) y[row * a->num_out + i] += bias[i];
-    }
-    wait_for_all(team);
 }
 
 /* What stands between the products of a Llama-like layer: a call each instead of some twenty operations of torch. */
@@ -536,6 +559,44 @@ void ultrafuser_silu_mul(const float *gate_up, float *y, long num_rows, long siz
         silu_mul(gate_up + 2 * row * size, gate_up + (2 * row + 1) * size, y + row * size, 0, size);
 }
 
+/* y [G, M, num_out] of x [G, M, num_in], the share of one thread. What is added to outputs is added a block of them at a
+   time, before weights that are read push them out of the cache.
+
+   `lowered`: where there are adapters, room for [G * M, num_ranks]. `active`: where outputs are gates and ups, what becomes
+   of them, [G, M, num_out / 2]; else none. */
+static void multiply(const struct matrix *a, const float *x, float *y, float *lowered, float *active, uint16_t *rounded,
+                     long num_members, long num_rows, const struct team *team) {
+    const long all = num_members * num_rows, rows = a->members == 1 ? all : num_rows;
+    const long size = a->num_in * size_of(a->kind), inner = a->num_out / 2;
+    struct share share = share_of(a->members, a->num_out, active ? 2 : 1, team->part, team->num_parts);
+    if (a->num_ranks) {
+        work(x, a->down, 0, lowered, share_of(1, a->num_ranks, 1, team->part, team->num_parts), all, a->num_in,
+             a->num_ranks, a->adapter_kind, rounded);
+        wait_for_all(team);
+    }
+    const long is_plain = !a->num_ranks && !a->bias && !active, fit = CACHED / size / WIDE * WIDE;
+    const long block = is_plain ? share.width : fit > WIDE ? fit : WIDE;
+    while (goes_on(&share)) {
+        const long before = share.member * a->num_out, start = share.member * rows, end = start + rows;
+        enum kind kind = a->kind;
+        const char *own = rows_for(&kind, x + start * a->num_in, rows * a->num_in, rounded);
+        for (long first = share.first, last; first < share.last; first = last) {
+            last = first + block < share.last ? first + block : share.last;
+            /* Other threads have read these lines: taking them back from their caches is begun now. */
+            for (long row = start; row < end && active; row++)
+                for (long o = first; o < last; o += LINE) __builtin_prefetch(active + row * inner + o, 1);
+            outputs(kind, own, (const char *)a->weight + before * size, kind == INT8 ? a->units + before : a->units,
+                    y + before * rows, rows, a->num_in, a->num_out, share.width, first, last);
+            for (long row = start; row < end && (a->num_ranks || a->bias); row++)
+                for (long piece = 0; piece < a->num_out; piece += share.width)
+                    add_to(a, lowered + row * a->num_ranks, row / num_rows, y + row * a->num_out, share.member,
+                           piece + first, piece + last);
+            for (long row = start; row < end && active; row++)
+                silu_mul(y + 2 * row * inner, y + (2 * row + 1) * inner, active + row * inner, first, last);
+        }
+    }
+}
+
 /* Positions as angles: x * cos + (x, half a turn on) * sin. */
 INLINE void turn(const float *x, const float *cosines, const float *sines, float *y, long size) {
     const long half = size / 2;
@@ -545,10 +606,16 @@ INLINE void turn(const float *x, const float *cosines, const float *sines, float
     }
 }
 
-/* Scores of `count` columns, and the largest of them. */
-INLINE float scores_of(const float *query, const float *keys, float *scores, long count, long size) {
+/* Scores of `count` columns, and the largest of them. The first query that reads keys asks for those of some columns on, and
+   for the values, which come next: memory alone does not look beyond a page. */
+INLINE float scores_of(const float *query, const float *keys, const float *values, float *scores, long count, long size,
+                       int reads_ahead) {
     float most = -__builtin_inff();
     for (long column = 0; column < count; column++) {
+        for (long d = 0; reads_ahead && d < size; d += LINE) {
+            __builtin_prefetch((const char *)(keys + column * size + d) + AHEAD, 0, 2);
+            __builtin_prefetch(values + column * size + d, 0, 2);
+        }
         vec sums[2] = {{0}, {0}};
         const float *key = keys + column * size;
         long i = 0;
@@ -622,7 +689,8 @@ static void attend(const struct attention *a, long row, long head, float *scores
             float query[LARGEST_HEAD], total = 0;
             place(a, a->qkv + (first + t) * width + q * size, a->norm_q, member, column, query);
             for (long d = 0; d < size; d++) query[d] *= scale;
-            const float most = scores_of(query, keys + from * size, scores, count, size);
+            const float most = scores_of(query, keys + from * size, values + from * size, scores, count, size,
+                                         t == 0 && q == head * share);
             long i = 0;
             vec sums = {0};
             for (; i + LANES <= count; i += LANES)
@@ -652,37 +720,42 @@ struct layer {
    instructions and data thrown out of the caches by the weights that were read since the last. */
 struct pass {
     const struct layer *layers;
-    const float *norm_out;        /* [G or 1, H] */
+    const float *norm_out;              /* [G or 1, H] */
     float *const *keys, *const *values; /* of each layer, as in `attention` */
-    float *x;                     /* [G, M, H]: embedded tokens; afterwards the residual stream */
-    float *y;                     /* [G, M, H]: last hidden states */
-    float *wide, *narrow, *room;  /* [G, M, max((Q + 2 K) D, 2 F)], [G, M, max(Q D, F)], and for `multiply` */
-    struct attention attention;   /* what all layers have in common */
-    uint16_t *rounded;            /* [threads, num_rounded]: rows of a product in bf16 */
-    long num_layers, hidden_size, inner_size, norm_members, num_rounded;
+    const float *x;                     /* [G, M, H]: embedded tokens */
+    float *y;                           /* [G, M, H]: last hidden states */
+    /* [G, M, max((Q + 2 K) D, 2 F)], [G, M, max(Q D, F)], [G, M, H] and for `multiply`: what threads tell each other */
+    float *wide, *narrow, *told, *room;
+    float *own;                         /* [threads, 2, G, M, H] */
+    uint16_t *rounded;                  /* [threads, num_rounded]: rows of a product in bf16 */
+    struct attention attention;         /* what all layers have in common */
+    long num_layers, hidden_size, norm_members, num_rounded;
     float eps;
 };
 
-/* What one thread does. */
+/* What one thread does. Sums of the residual stream and their norms are made by each thread for itself, which takes less
+   than waiting for another one and reading from its cache. */
 static void run(const struct pass *p, const struct team *team) {
     const long members = p->attention.num_members, rows = p->attention.num_choices * p->attention.num_new;
-    const long all = members * rows, size = p->hidden_size, inner = p->inner_size;
-    const long part = team->part, num_parts = team->num_parts;
-    const long first = all * part / num_parts, last = all * (part + 1) / num_parts;
-    const long num_heads = p->attention.num_choices * members * p->attention.num_kv_heads;
-    const long from = (inner * part / num_parts + LANES - 1) / LANES * LANES;
-    const long to = part + 1 < num_parts ? (inner * (part + 1) / num_parts + LANES - 1) / LANES * LANES : inner;
+    const long all = members * rows, size = p->hidden_size, num_parts = team->num_parts;
+    const long part = team->part, num_heads = p->attention.num_choices * members * p->attention.num_kv_heads;
+    /* Rows of those members that it multiplies: of all where one weight is for all. */
+    const long own_members = p->layers[0].qkv.members, shared = members / own_members;
+    const long first = own_members * part / num_parts * shared * rows;
+    const long last = (own_members * (part + 1) + num_parts - 1) / num_parts * shared * rows;
     float *scores = p->attention.scores + part * (p->attention.length + LANES);
     uint16_t *rounded = p->rounded + part * p->num_rounded;
+    float *x = p->own + 2 * part * all * size, *h = x + all * size;
     struct attention a = p->attention;
     a.qkv = p->wide;
     a.y = p->narrow;
-    add_norms(p->x, 0, p->layers[0].norm_in, p->y, rows, size, p->norm_members, p->eps, first, last);
-    wait_for_all(team);
+    memcpy(x + first * size, p->x + first * size, (last - first) * size * sizeof(float));
+    add_norms(x, 0, p->layers[0].norm_in, h, rows, size, p->norm_members, p->eps, first, last);
     for (long i = 0; i < p->num_layers; i++) {
         const struct layer *own = p->layers + i;
         const float *norm_after = i + 1 < p->num_layers ? own[1].norm_in : p->norm_out;
-        multiply(&own->qkv, p->y, p->wide, p->room, rounded, members, rows, team);
+        multiply(&own->qkv, h, p->wide, p->room, 0, rounded, members, rows, team);
+        wait_for_all(team);
         a.keys = p->keys[i];
         a.values = p->values[i];
         a.norm_q = own->norm_q;
@@ -690,18 +763,17 @@ static void run(const struct pass *p, const struct team *team) {
         for (long u = num_heads * part / num_parts; u < num_heads * (part + 1) / num_parts; u++)
             attend(&a, u / a.num_kv_heads, u % a.num_kv_heads, scores);
         wait_for_all(team);
-        multiply(&own->out, p->narrow, p->y, p->room, rounded, members, rows, team);
-        add_norms(p->x, p->y, own->norm_mlp, p->y, rows, size, p->norm_members, p->eps, first, last);
+        multiply(&own->out, p->narrow, p->told, p->room, 0, rounded, members, rows, team);
         wait_for_all(team);
-        multiply(&own->gate_up, p->y, p->wide, p->room, rounded, members, rows, team);
-        for (long row = 0; row < all; row++)
-            silu_mul(p->wide + 2 * row * inner, p->wide + (2 * row + 1) * inner, p->narrow + row * inner,
-                     from < inner ? from : inner, to < inner ? to : inner);
+        add_norms(x, p->told, own->norm_mlp, h, rows, size, p->norm_members, p->eps, first, last);
+        multiply(&own->gate_up, h, p->wide, p->room, p->narrow, rounded, members, rows, team);
         wait_for_all(team);
-        multiply(&own->down, p->narrow, p->y, p->room, rounded, members, rows, team);
-        add_norms(p->x, p->y, norm_after, p->y, rows, size, p->norm_members, p->eps, first, last);
+        multiply(&own->down, p->narrow, p->told, p->room, 0, rounded, members, rows, team);
         wait_for_all(team);
+        add_norms(x, p->told, norm_after, h, rows, size, p->norm_members, p->eps, first, last);
     }
+    const long from = all * part / num_parts, to = all * (part + 1) / num_parts;
+    memcpy(p->y + from * size, h + from * size, (to - from) * size * sizeof(float));
 }
 
 void ultrafuser_run(const struct pass *p, int num_threads) {

@@ -84,10 +84,11 @@ class Pass(ctypes.Structure):
     """`struct pass` of the source."""
 
     _fields_ = [
-        *_pointers("layers", "norm_out", "keys", "values", "x", "y", "wide", "narrow", "room"),
+        *_pointers(
+            "layers", "norm_out", "keys", "values", "x", "y", "wide", "narrow", "told", "room", "own", "rounded"
+        ),
         ("attention", Attention),
-        *_pointers("rounded"),
-        *_wholes("num_layers", "hidden_size", "inner_size", "norm_members", "num_rounded"),
+        *_wholes("num_layers", "hidden_size", "norm_members", "num_rounded"),
         ("eps", ctypes.c_float),
     ]
 

@@ -139,10 +139,9 @@ ASK = "from ultrafuser.engine import few_rows; print(few_rows.why_missing() or '
 
 
 def ask(**environment: str) -> str:
-    """What a fresh process says."""
-    done = subprocess.run(
-        [sys.executable, "-c", ASK], env={**os.environ, **environment}, capture_output=True, text=True, check=True
-    )
+    """What a fresh process says, with the compiler that is found first."""
+    told = {**{name: value for name, value in os.environ.items() if name != "CC"}, **environment}
+    done = subprocess.run([sys.executable, "-c", ASK], env=told, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 

@@ -179,8 +179,7 @@ def _take(
     all_weights = weights.tolist()
     advances, row = [], 0
     for block in blocks:
-        choice = block.choice
-        before = {view: len(choice.pending(view)) for view in range(runner.num_views)}
+        choice, before = block.choice, len(block.choice.response)
         advance = Advance([], None, 0)
         for i in range(block.rows):
             at = row + i
@@ -199,7 +198,7 @@ def _take(
         kept = max(advance.num_tokens - 1, 0)  # guesses that stay in the caches; the last token is in none
         for view in range(runner.num_specialists):
             if _runs(choice, view, skipped):
-                choice.seen[view] += before[view] + kept
+                choice.seen[view] = len(choice.rows[view]) + before + kept
         advances.append(advance)
     return advances
 

@@ -16,40 +16,49 @@ class Detokenizer:
 
     A token is decoded together with those just before it, since a tokenizer may treat the beginning of a text
     in its own way (Llama's drops a space). The cost of a token does not grow with the text.
+
+    Args:
+        tokenizer: That wrote the ids.
+        alone: Texts of single tokens that were decoded before; may be shared by all of one tokenizer.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, alone: dict[int, str] | None = None) -> None:
         self.tokenizer = tokenizer
+        self._alone: dict[int, str] = {} if alone is None else alone
         self._ids: list[int] = []  # from the last text that was complete, and what led to it
         self._read = 0  # how many of these have been shown
+        self._before = ""  # their text
 
     def copy(self) -> Detokenizer:
         """Another one that has read the same."""
-        other = Detokenizer(self.tokenizer)
-        other._ids, other._read = list(self._ids), self._read
+        other = Detokenizer(self.tokenizer, self._alone)
+        other._ids, other._read, other._before = list(self._ids), self._read, self._before
         return other
 
     def push(self, token: int) -> str:
         """What this token adds; empty while a character is incomplete."""
         self._ids.append(token)
-        before, now = self._texts()
+        before, now = self._before, self._decode(self._ids)
         if len(now) <= len(before) or now.endswith(_UNFINISHED):
             return ""
         self._ids = self._ids[self._read :]
         self._read = len(self._ids)
+        self._before = self._decode(self._ids)
         return now[len(before) :]
 
     def flush(self) -> str:
         """What is left at the end: bytes that never became a character."""
-        before, now = self._texts()
+        before, self._before = self._before, self._decode(self._ids)
         self._read = len(self._ids)
-        return now[len(before) :]
-
-    def _texts(self) -> tuple[str, str]:
-        return self._decode(self._ids[: self._read]), self._decode(self._ids)
+        return self._before[len(before) :]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+        if len(ids) != 1:
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+        (token,) = ids
+        if token not in self._alone:
+            self._alone[token] = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return self._alone[token]
 
 
 class HeldPieces:

@@ -118,6 +118,7 @@ class Engine:
             [self.encoder.end_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])]
         )
         self.vocab_size = int(model.config.vocab_size)
+        self._texts: dict[int, str] = {}  # of single tokens, for all choices
         # Choices by slot: those that decode first, then those whose prompt is being read or waits to be.
         self._running: list[Choice] = []
         self._waiting: deque[list[Choice]] = deque()
@@ -196,7 +197,7 @@ class Engine:
                 weights=weights,
                 active=active,
                 sampler=Sampler(request.params, choice=number, prompt=longest, ends=self.end_ids),
-                detokenizer=Detokenizer(self.tokenizer),
+                detokenizer=Detokenizer(self.tokenizer, self._texts),
                 listener=listener,
                 ends=self.end_ids,
                 max_tokens=limit,

@@ -176,7 +176,7 @@ def _take(
     """Choose tokens position by position, as long as the guesses agree."""
     largest = logits.argmax(dim=-1).tolist()
     bad = logits.isnan().any(dim=-1).tolist()
-    all_weights = weights.tolist()
+    all_weights, own = weights.tolist(), logits.unbind()
     advances, row = [], 0
     for block in blocks:
         choice, before = block.choice, len(block.choice.response)
@@ -187,8 +187,8 @@ def _take(
                 advance.reason, advance.error = "error", NOT_A_NUMBER
                 break
             plain = choice.sampler.takes_largest
-            token = largest[at] if plain else choice.sampler.pick(logits[at], choice.response)
-            log_prob, top = token_log_probs(logits[at], token, choice.request.params.log_probs)
+            token = largest[at] if plain else choice.sampler.pick(own[at], choice.response)
+            log_prob, top = token_log_probs(own[at], token, choice.request.params.log_probs)
             pieces, advance.reason = choice.append(token, tuple(all_weights[at]), log_prob, top)
             advance.pieces += pieces
             advance.num_tokens += 1

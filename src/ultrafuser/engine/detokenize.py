@@ -74,6 +74,8 @@ class HeldPieces:
 
     def push(self, piece: TokenPiece) -> tuple[list[TokenPiece], bool]:
         """Pieces that may be shown now, and whether a stop string is complete; what comes after it is cut off."""
+        if piece.text and not self.stops and not self._held:
+            return [piece], False
         self._held.append(piece)
         if not piece.text:  # in the middle of a character
             return [], False

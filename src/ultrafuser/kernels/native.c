@@ -538,18 +538,14 @@ void ultrafuser_add_norm(float *x, const float *more, const float *weight, float
 
 /* y = silu(gate) * up, of the columns [first, last) of a row that holds both side by side. */
 static void silu_mul(const float *gate, const float *up, float *y, long first, long last) {
-    for (long i = first; i < last; i += LANES) {
-        const long count = last - i < LANES ? last - i : LANES;
-        vec g, u;
-        if (count == LANES) {
-            g = *(const vec_anywhere *)(gate + i);
-            u = *(const vec_anywhere *)(up + i);
-        } else {
-            g = rest_of(gate + i, count);
-            u = rest_of(up + i, count);
-        }
-        const vec done = g / (1.0f + exp_of(-g)) * u;
-        memcpy(y + i, &done, count * sizeof(float));
+    long i = first;
+    for (; i + LANES <= last; i += LANES) {
+        const vec g = *(const vec_anywhere *)(gate + i);
+        *(vec_anywhere *)(y + i) = g / (1.0f + exp_of(-g)) * *(const vec_anywhere *)(up + i);
+    }
+    if (i < last) {
+        const vec g = rest_of(gate + i, last - i), done = g / (1.0f + exp_of(-g)) * rest_of(up + i, last - i);
+        memcpy(y + i, &done, (last - i) * sizeof(float));
     }
 }
 

@@ -168,7 +168,7 @@ def make_up(work: Path, *, small: bool) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     templates = {"text": "ultralm", "code": "codellama", "math": "wizardmath"}
     hidden = 128 if small else 512
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": hidden,
         "intermediate_size": 3 * hidden,
         "num_attention_heads": 8,

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from ultrafuser.data.records import Problems, read_records
 from ultrafuser.synthesis.domain import load_domain
-from ultrafuser.synthesis.gates.base import Gate
+from ultrafuser.synthesis.gates import base
 from ultrafuser.synthesis.gates.build import build_gates
 from ultrafuser.synthesis.node import Item
-from ultrafuser.synthesis.recipe import DomainConfig, EndpointConfig, SynthesisRecipe
+from ultrafuser.synthesis.recipe import DomainConfig, EndpointConfig, StageName, SynthesisRecipe
 
 
 class Bands:
@@ -43,7 +43,7 @@ class Context:
     """Items with a parent each and no siblings."""
 
     def __init__(self, parents: dict[str, Item]) -> None:
-        self.bands = Bands()
+        self.bands: base.Bands = Bands()
         self._parents = parents
 
     def parent(self, item: Item) -> Item | None:
@@ -61,7 +61,7 @@ class Context:
         return "stop"
 
 
-def measure(gate: Gate, items: Sequence[Item], context: Context) -> str:
+def measure(gate: base.Gate, items: Sequence[Item], context: Context) -> str:
     """A line: the gate, its rate, and what it drops."""
     gate.judge(items[0], context)  # loads what it needs
     reasons: Counter[str] = Counter()
@@ -95,7 +95,8 @@ def main() -> None:
         benchmarks=arguments.benchmarks,
     )
     domain = load_domain("text", DomainConfig())
-    for stage, items in (("instructions", list(instructions.values())), ("responses", answers)):
+    stages: dict[StageName, list[Item]] = {"instructions": list(instructions.values()), "responses": answers}
+    for stage, items in stages.items():
         print(f"{len(items):,} {stage}", file=sys.stderr)
         for gate in build_gates(stage, domain, recipe):
             print(measure(gate, items, Context(instructions)))

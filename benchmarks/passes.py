@@ -14,6 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -73,12 +74,10 @@ def measure(bench: Bench, pack: bool, clock: Callable[[], float]) -> None:
         runner.logits(0, hidden[0], reduced=reduced)
 
     for rows in ROWS:
-        print(f"  {rows} rows of one choice: {median_ms(lambda rows=rows: read(1, rows), clock):6.1f} ms", flush=True)
-    print(f"  one row of {batch} choices: {median_ms(lambda: read(batch, 1), clock):6.1f} ms")
+        print(f"  {rows} rows of one choice: {median_ms(partial(read, 1, rows), clock):6.1f} ms", flush=True)
+    print(f"  one row of {batch} choices: {median_ms(partial(read, batch, 1), clock):6.1f} ms")
     for form, reduced in (("exact weights", False), (runner.draft_form, True)):
-        print(
-            f"  a token of one specialist, {form}: {median_ms(lambda r=reduced: draft(r), clock):6.1f} ms", flush=True
-        )
+        print(f"  a token of one specialist, {form}: {median_ms(partial(draft, reduced), clock):6.1f} ms", flush=True)
 
 
 def median_ms(function: Callable[[], None], clock: Callable[[], float], repetitions: int = 9) -> float:

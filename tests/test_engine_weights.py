@@ -12,9 +12,10 @@ from torch import nn
 
 from engine_helpers import assert_answers, greedy, make_engine, make_similar, run, twin
 from helpers import make_fused, make_mixed, make_model, make_trio
-from ultrafuser.engine import few_rows, weights
+from ultrafuser.engine import few_rows, memory, weights
 from ultrafuser.engine.fp16 import Fp16Matrix, has_fbgemm
 from ultrafuser.engine.reduced import HalfProduct, Int4Product, Int8Product, is_int4_fast
+from ultrafuser.engine.slots import SlotView
 from ultrafuser.engine.weights import ExactProduct, PackedProduct, can_pack, compute_type, make_product
 from ultrafuser.errors import ConfigError
 
@@ -316,6 +317,23 @@ def test_a_second_engine_of_the_same_model_and_the_first_both_answer():
 
     for engine in (first, second, first):
         assert_answers(reference, request, run(engine, request)[0])
+
+
+@pytest.mark.usefixtures("kernel")
+def test_keys_and_values_are_rounded_where_the_rows_of_products_are():
+    """Then they take half the memory, in the count of choices that fit, too, and our kernel reads them."""
+    exact, rounded = make_engine(make_fused(make_similar())), make_engine(make_fused(make_similar()).bfloat16())
+    is_rounded = few_rows.rounds(torch.bfloat16) or not weights.keeps_values(torch.empty(0, dtype=torch.bfloat16))
+    for engine, dtype in ((exact, torch.float32), (rounded, torch.bfloat16 if is_rounded else torch.float32)):
+        (group,) = engine.runner.groups
+        assert {storage.dtype for storage in group.cache.keys} == {dtype}
+        assert group.cache.bytes_per_token == sum(
+            memory._bytes_per_token(model, memory._cache_type(model, engine.options, True))
+            for model in engine.model.specialists.values()
+        )
+        layers = group.backbone.layers
+        view = SlotView(group.cache, [0], None, torch.zeros(3, dtype=torch.int64), 1)
+        assert layers is None or layers.takes(view, 3, 1)
 
 
 def test_an_engine_of_bf16_specialists_gives_numbers_close_to_fp32():

@@ -32,7 +32,7 @@ class Heads(NamedTuple):
 
 
 class TorchAttention:
-    """Attention of one forward; see `few_rows.Attend` for the same by our own kernel.
+    """Attention of one forward; `passes.py` has the same by our own kernel.
 
     Args:
         view: Rows of the cache.
@@ -63,7 +63,7 @@ class TorchAttention:
         qkv = qkv.transpose(0, 1).reshape(num_rows, num_new, num_q + 2 * num_kv, size)
         turned = torch.addcmul(qkv * self.cos, qkv.roll(size // 2, dims=-1), self.sin)
         self.view.write_at(layer, self.places, turned[:, :, num_q:])
-        keys, values = self.view.read(layer)
+        keys, values = (kept.to(qkv.dtype) for kept in self.view.read(layer))
         q = turned[:, :, :num_q].transpose(1, 2)
         if self.mask is None and num_new > 1:  # the beginning of a text
             y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=num_q != num_kv)

@@ -26,7 +26,7 @@ class Backbone(Protocol):
 
     num_members: int
     device: torch.device
-    compute_dtype: torch.dtype
+    cache_dtype: torch.dtype  # of keys and values
 
     @property
     def kv_heads(self) -> list[tuple[int, int]]:
@@ -69,7 +69,7 @@ class ModelBackbone:
 
     def __init__(self, model: PreTrainedModel, *, name: str) -> None:
         self.model = model
-        self.device, self.compute_dtype = model.device, model.dtype
+        self.device, self.cache_dtype = model.device, model.dtype
         self.hidden_size = model.get_output_embeddings().weight.shape[1]
         self.kv_heads = _probe_heads(model, name)
 
@@ -120,7 +120,7 @@ class ModelBackbone:
             if made is None:
                 made = torch.ones((1, 1, 1, view.stop), dtype=torch.bool, device=view.positions.device)
             if config._attn_implementation == "eager":  # adds its mask to the scores
-                dtype = self.compute_dtype
+                dtype = self.cache_dtype
                 return torch.zeros(made.shape, dtype=dtype, device=made.device).masked_fill(
                     ~made, torch.finfo(dtype).min
                 )

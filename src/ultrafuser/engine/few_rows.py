@@ -61,7 +61,7 @@ def has_kernel() -> bool:
 
 def rounds(dtype: torch.dtype) -> bool:
     """Whether the kernels round rows that meet weights of this type, as a model in bf16 does itself."""
-    return dtype == torch.bfloat16 and kernels().has_pairs
+    return dtype == torch.bfloat16 and has_kernel() and kernels().has_pairs
 
 
 def make_room(num_threads: int, num_values: int) -> Tensor:

@@ -24,7 +24,7 @@ from ultrafuser.engine.attention import Heads, TorchAttention
 from ultrafuser.engine.few_rows import own
 from ultrafuser.engine.passes import Layers, LayerWeights, Shape, can_run
 from ultrafuser.engine.slots import SlotCache, SlotView
-from ultrafuser.engine.weights import AnyFormat, Product, compute_type, make_product
+from ultrafuser.engine.weights import AnyFormat, Product, cache_type, compute_type, make_product
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 _SCALED = ("logit_scale", "logits_scaling", "final_logit_softcapping", "pretraining_tp_scale")
@@ -83,6 +83,7 @@ class LlamaStack:
         self.device, self.dtype = models[0].device, models[0].dtype
         self.embeddings: list[Any] = [model.get_input_embeddings() for model in models]
         self.compute_dtype = compute_type(self.embeddings[0].weight, form, pack=pack)
+        self.cache_dtype = cache_type(self.embeddings[0].weight, form, pack=pack)
         is_fp32 = self.device.type == "cpu" and self.compute_dtype == torch.float32
         self.has_kernels = is_fp32 and few_rows.has_kernel()
         kept = {id(embedding.weight) for embedding in self.embeddings}

@@ -11,7 +11,7 @@ from ultrafuser.engine import few_rows
 from ultrafuser.engine.llama import is_llama_like
 from ultrafuser.engine.narrow import keeps_values
 from ultrafuser.engine.options import EngineOptions
-from ultrafuser.engine.weights import can_pack, compute_type
+from ultrafuser.engine.weights import cache_type, can_pack
 from ultrafuser.errors import ModelError
 from ultrafuser.model.fused import FusedForCausalLM
 
@@ -129,8 +129,8 @@ def _position_limit(model: PreTrainedModel) -> int:
 
 
 def _cache_type(model: PreTrainedModel, options: EngineOptions, packs: bool) -> torch.dtype:
-    """Of keys and values: the leaner forward may compute in another type than the model's."""
-    return compute_type(next(model.parameters()), options.weights, pack=packs) if is_llama_like(model) else model.dtype
+    """Of keys and values: the leaner forward may keep them in another type than the model's."""
+    return cache_type(next(model.parameters()), options.weights, pack=packs) if is_llama_like(model) else model.dtype
 
 
 def _bytes_per_token(model: PreTrainedModel, dtype: torch.dtype | None = None) -> int:

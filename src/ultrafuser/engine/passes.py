@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ultrafuser.engine.few_rows import Adapters, Matrix, are_few, are_units, check_plain, make_room, own
+from ultrafuser.engine.few_rows import Adapters, Matrix, are_few, are_units, check_plain, make_room, own, rounds
 from ultrafuser.engine.slots import SlotCache, SlotView
 from ultrafuser.kernels import native
 from ultrafuser.kernels.native import KINDS, MOST_UPS, kernels
@@ -98,7 +98,8 @@ class Layers:
     def takes(self, view: SlotView, num_members: int, num_rows: int) -> bool:
         """Whether so many rows of each of these members are few, and of a cache that the kernel knows."""
         together = num_rows * num_members if self.is_shared else num_rows
-        return are_few(together) and view.starts is not None and view.cache.keys[0].dtype == torch.float32
+        dtype = view.cache.keys[0].dtype
+        return are_few(together) and view.starts is not None and (dtype == torch.float32 or rounds(dtype))
 
     def __call__(self, x: Float[Tensor, "G M H"], view: SlotView, member: int | None = None) -> Float[Tensor, "G M H"]:
         """Embedded tokens to last hidden states; keys and values join the cache.
@@ -142,6 +143,7 @@ class Layers:
             length=view.cache.length,
             window=shape.window or 0,
             norm_members=norms,
+            kind=KINDS[view.cache.keys[0].dtype],
             eps=shape.eps,
         )
         whole = native.Pass(
@@ -182,7 +184,7 @@ class Layers:
     def _addresses(self, cache: SlotCache) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]]:
         """Where keys and values of each layer are."""
         if cache is not self._cache:
-            check_plain((*cache.keys, *cache.values))
+            check_plain((*cache.keys, *cache.values), cache.keys[0].dtype)
             many = ctypes.c_void_p * len(cache.keys)
             self._keys, self._values = (
                 many(*(storage.data_ptr() for storage in storages)) for storages in (cache.keys, cache.values)

@@ -265,7 +265,7 @@ def _make_group(
     else:
         backbone = ModelBackbone(models[0], name=names[0])
         proof = ask_models(models, names, num_slots=num_slots, length=length)
-    cache = SlotCache(len(models), num_slots, length, backbone.kv_heads, dtype=backbone.compute_dtype, device=device)
+    cache = SlotCache(len(models), num_slots, length, backbone.kv_heads, dtype=backbone.cache_dtype, device=device)
     check_backbone(backbone, cache, proof, exact=weights.form == "exact")
     if drafter is not None:
         check_backbone(drafter, cache, proof, exact=False)

@@ -118,7 +118,8 @@ class SlotView:
 
     def write_at(self, layer: int, places: Int[Tensor, " places"], heads: Float[Tensor, "R T heads D"]) -> None:
         """Store new columns as they come from one product, keys and values side by side: one operation."""
-        self.cache.rows_of(layer).index_copy_(0, places, heads.reshape(-1, heads.shape[-1]))
+        rows = self.cache.rows_of(layer)
+        rows.index_copy_(0, places, heads.reshape(-1, heads.shape[-1]).to(rows.dtype))
 
     def read(self, layer: int) -> tuple[Float[Tensor, "R K L D"], Float[Tensor, "R K L D"]]:
         """All columns up to the longest row's last one."""

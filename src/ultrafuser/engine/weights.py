@@ -172,6 +172,12 @@ def compute_type(weight: Tensor, form: AnyFormat, *, pack: bool = True) -> torch
     return weight.dtype if form == "exact" and not is_widened(weight, pack=pack) else torch.float32
 
 
+def cache_type(weight: Tensor, form: AnyFormat, *, pack: bool = True) -> torch.dtype:
+    """The type of keys and values: the model's where the kernels round rows to it, else the one of the products."""
+    is_rounded = weight.device.type == "cpu" and few_rows.rounds(weight.dtype)
+    return weight.dtype if is_rounded else compute_type(weight, form, pack=pack)
+
+
 def is_widened(weight: Tensor, *, pack: bool) -> bool:
     """Whether an exact weight in 16 bits is multiplied in fp32: our kernel reads it, torch's read a copy of it."""
     return keeps_values(weight) and (pack or few_rows.has_kernel())

@@ -25,7 +25,7 @@
 #endif
 #define SHARED 32768 /* numbers from which several threads make them faster than one */
 #define AHEAD 4096 /* bytes */
-#define LINE 16    /* numbers in a line of the cache */
+#define LINE 64    /* bytes of the processor's cache */
 #define KEPT 64 /* outputs whose weights stay in the cache */
 #define CACHED 262144 /* bytes of weights, after which outputs are still in the cache */
 #define TILE 4 /* outputs: the unit in which threads share the work, and those of a tile */
@@ -45,6 +45,7 @@ typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
 typedef float wide __attribute__((vector_size(4 * WIDE)));
 typedef float wide_anywhere __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef uint32_t wide_bits __attribute__((vector_size(4 * WIDE)));
+typedef uint16_t few_halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint16_t halves __attribute__((vector_size(2 * WIDE), aligned(2), may_alias));
 typedef int8_t bytes __attribute__((vector_size(WIDE), aligned(1), may_alias));
 
@@ -580,7 +581,7 @@ static void multiply(const struct matrix *a, const float *x, float *y, float *lo
             last = first + block < share.last ? first + block : share.last;
             /* Other threads have read these lines: taking them back from their caches is begun now. */
             for (long row = start; row < end && active; row++)
-                for (long o = first; o < last; o += LINE) __builtin_prefetch(active + row * inner + o, 1);
+                for (long o = first; o < last; o += LINE / 4) __builtin_prefetch(active + row * inner + o, 1);
             outputs(kind, own, (const char *)a->weight + before * size, kind == INT8 ? a->units + before : a->units,
                     y + before * rows, rows, a->num_in, a->num_out, share.width, first, last);
             for (long row = start; row < end && (a->num_ranks || a->bias); row++)
@@ -602,39 +603,47 @@ INLINE void turn(const float *x, const float *cosines, const float *sines, float
     }
 }
 
+/* LANES numbers of a cache, which is in fp32 or bf16. */
+INLINE vec kept_at(const char *cache, long at, enum kind kind) {
+    if (kind == FP32) return *(const vec_anywhere *)(cache + 4 * at);
+    return (vec)(__builtin_convertvector(*(const few_halves *)(cache + 2 * at), bits) << 16);
+}
+
 /* Scores of `count` columns, and the largest of them. The first query that reads keys asks for those of some columns on, and
    for the values, which come next: memory alone does not look beyond a page. */
-INLINE float scores_of(const float *query, const float *keys, const float *values, float *scores, long count, long size,
-                       int reads_ahead) {
+INLINE float scores_of(const float *query, const char *keys, const char *values, float *scores, long count, long size,
+                       int reads_ahead, enum kind kind) {
+    const long num_bytes = size * size_of(kind);
     float most = -__builtin_inff();
     for (long column = 0; column < count; column++) {
-        for (long d = 0; reads_ahead && d < size; d += LINE) {
-            __builtin_prefetch((const char *)(keys + column * size + d) + AHEAD, 0, 2);
-            __builtin_prefetch(values + column * size + d, 0, 2);
+        for (long at = column * num_bytes; reads_ahead && at < (column + 1) * num_bytes; at += LINE) {
+            __builtin_prefetch(keys + at + AHEAD, 0, 2);
+            __builtin_prefetch(values + at, 0, 2);
         }
         vec sums[2] = {{0}, {0}};
-        const float *key = keys + column * size;
+        const long key = column * size;
         long i = 0;
         for (; i + 2 * LANES <= size; i += 2 * LANES) {
-            sums[0] += *(const vec_anywhere *)(query + i) * *(const vec_anywhere *)(key + i);
-            sums[1] += *(const vec_anywhere *)(query + i + LANES) * *(const vec_anywhere *)(key + i + LANES);
+            sums[0] += *(const vec_anywhere *)(query + i) * kept_at(keys, key + i, kind);
+            sums[1] += *(const vec_anywhere *)(query + i + LANES) * kept_at(keys, key + i + LANES, kind);
         }
-        if (i < size) sums[0] += *(const vec_anywhere *)(query + i) * *(const vec_anywhere *)(key + i);
+        if (i < size) sums[0] += *(const vec_anywhere *)(query + i) * kept_at(keys, key + i, kind);
         scores[column] = sum_of(sums[0] + sums[1]);
         most = scores[column] > most ? scores[column] : most;
     }
     return most;
 }
 
-/* `blocks` vectors of what the columns say, weighted; a constant where this is inlined. */
-INLINE void weigh(const float *values, const float *shares, float *y, long count, long size, float factor, int blocks) {
+/* `blocks` vectors of what the columns say, from value `first` on, weighted; a constant where this is inlined. */
+INLINE void weigh(const char *values, long first, const float *shares, float *y, long count, long size, float factor,
+                  int blocks, enum kind kind) {
     vec sums[4] = {{0}, {0}, {0}, {0}};
     for (long column = 0; column < count; column++)
 #pragma GCC unroll 4
         for (int b = 0; b < blocks; b++)
-            sums[b] += *(const vec_anywhere *)(values + column * size + b * LANES) * shares[column];
+            sums[b] += kept_at(values, column * size + first + b * LANES, kind) * shares[column];
 #pragma GCC unroll 4
-    for (int b = 0; b < blocks; b++) *(vec_anywhere *)(y + b * LANES) = sums[b] * factor;
+    for (int b = 0; b < blocks; b++) *(vec_anywhere *)(y + first + b * LANES) = sums[b] * factor;
 }
 
 /* Attention of one layer. */
@@ -642,13 +651,14 @@ struct attention {
     const float *qkv;               /* [G, B * T, (Q + 2 K) * D] */
     const float *norm_q, *norm_k;   /* [G or 1, D]: weights of a norm of each head, or none */
     const float *cosines, *sines;   /* [positions, D]; the sine has the sign of the rotation */
-    float *keys, *values;           /* [rows of the cache, K, L, D] */
+    char *keys, *values;            /* [rows of the cache, K, L, D], in fp32 or bf16 */
     const int64_t *rows, *starts;   /* [B * G], members varying fastest: of the cache, and columns it holds */
     float *y;                       /* [G, B * T, Q * D] */
     float *scores;                  /* [threads, L], filled up to whole vectors */
     long num_members, num_choices, num_new, num_heads, num_kv_heads, size, length;
     long window;       /* columns that a token sees, itself included; 0: all */
     long norm_members; /* whose norms there are: G, or 1 for all */
+    int kind;          /* of keys and values; bf16 only where there are PAIRS */
     float eps;
 };
 
@@ -664,29 +674,40 @@ INLINE void place(const struct attention *a, const float *own, const float *norm
     turn(own, a->cosines + column * a->size, a->sines + column * a->size, to, a->size);
 }
 
+/* A head's numbers join the cache. */
+INLINE void keep(const float *own, char *cache, long at, long size, enum kind kind) {
+    if (kind == FP32) memcpy(cache + 4 * at, own, size * sizeof(float));
+#if HAS_PAIRS
+    if (kind == BF16) round_rows(own, (uint16_t *)cache + at, size);
+#endif
+}
+
 /* All new tokens of one row by one head of keys and values: what is new joins the cache, then queries read it. */
-static void attend(const struct attention *a, long row, long head, float *scores) {
+INLINE void attend(const struct attention *a, long row, long head, float *scores, enum kind kind) {
     const long size = a->size, share = a->num_heads / a->num_kv_heads, start = a->starts[row];
     const long width = (a->num_heads + 2 * a->num_kv_heads) * size, member = row % a->num_members;
     const long first = (member * a->num_choices + row / a->num_members) * a->num_new;
-    const long slot = (a->rows[row] * a->num_kv_heads + head) * a->length * size;
-    float *keys = a->keys + slot, *values = a->values + slot;
+    const long slot = (a->rows[row] * a->num_kv_heads + head) * a->length * size * size_of(kind);
+    char *keys = a->keys + slot, *values = a->values + slot;
     for (long t = 0; t < a->num_new; t++) {
         const float *own = a->qkv + (first + t) * width + (a->num_heads + head) * size;
         const long column = start + t;
-        place(a, own, a->norm_k, member, column, keys + column * size);
-        memcpy(values + column * size, own + a->num_kv_heads * size, size * sizeof(float));
+        float key[LARGEST_HEAD];
+        place(a, own, a->norm_k, member, column, key);
+        keep(key, keys, column * size, size, kind);
+        keep(own + a->num_kv_heads * size, values, column * size, size, kind);
     }
     const float scale = 1.0f / __builtin_sqrtf((float)size);
     for (long t = 0; t < a->num_new; t++) {
         const long column = start + t, end = column + 1;
         const long from = a->window && end > a->window ? end - a->window : 0, count = end - from;
+        const char *seen_keys = keys + from * size * size_of(kind), *seen = values + from * size * size_of(kind);
         for (long q = head * share; q < (head + 1) * share; q++) {
             float query[LARGEST_HEAD], total = 0;
             place(a, a->qkv + (first + t) * width + q * size, a->norm_q, member, column, query);
             for (long d = 0; d < size; d++) query[d] *= scale;
-            const float most = scores_of(query, keys + from * size, values + from * size, scores, count, size,
-                                         t == 0 && q == head * share);
+            const int is_first = t == 0 && q == head * share;
+            const float most = scores_of(query, seen_keys, seen, scores, count, size, is_first, kind);
             long i = 0;
             vec sums = {0};
             for (; i + LANES <= count; i += LANES)
@@ -699,11 +720,18 @@ static void attend(const struct attention *a, long row, long head, float *scores
             total += sum_of(sums);
             float *to = a->y + (first + t) * a->num_heads * size + q * size;
             long d = 0;
-            for (; d + 4 * LANES <= size; d += 4 * LANES)
-                weigh(values + from * size + d, scores, to + d, count, size, 1.0f / total, 4);
-            for (; d < size; d += LANES) weigh(values + from * size + d, scores, to + d, count, size, 1.0f / total, 1);
+            for (; d + 4 * LANES <= size; d += 4 * LANES) weigh(seen, d, scores, to, count, size, 1.0f / total, 4, kind);
+            for (; d < size; d += LANES) weigh(seen, d, scores, to, count, size, 1.0f / total, 1, kind);
         }
     }
+}
+
+static NOINLINE void attend_FP32(const struct attention *a, long row, long head, float *scores) {
+    attend(a, row, head, scores, FP32);
+}
+
+static NOINLINE void attend_BF16(const struct attention *a, long row, long head, float *scores) {
+    attend(a, row, head, scores, BF16);
 }
 
 struct layer {
@@ -717,7 +745,7 @@ struct layer {
 struct pass {
     const struct layer *layers;
     const float *norm_out;              /* [G or 1, H] */
-    float *const *keys, *const *values; /* of each layer, as in `attention` */
+    char *const *keys, *const *values;  /* of each layer, as in `attention` */
     const float *x;                     /* [G, M, H]: embedded tokens */
     float *y;                           /* [G, M, H]: last hidden states */
     /* [G, M, max((Q + 2 K) D, 2 F)], [G, M, max(Q D, F)], [G, M, H] and for `multiply`: what threads tell each other */
@@ -757,7 +785,7 @@ static void run(const struct pass *p, const struct team *team) {
         a.norm_q = own->norm_q;
         a.norm_k = own->norm_k;
         for (long u = num_heads * part / num_parts; u < num_heads * (part + 1) / num_parts; u++)
-            attend(&a, u / a.num_kv_heads, u % a.num_kv_heads, scores);
+            (a.kind == BF16 ? attend_BF16 : attend_FP32)(&a, u / a.num_kv_heads, u % a.num_kv_heads, scores);
         wait_for_all(team);
         multiply(&own->out, p->narrow, p->told, p->room, 0, rounded, members, rows, team);
         wait_for_all(team);

@@ -67,6 +67,7 @@ class Attention(ctypes.Structure):
         *_pointers("qkv", "norm_q", "norm_k", "cosines", "sines", "keys", "values", "rows", "starts", "y", "scores"),
         *_wholes("num_members", "num_choices", "num_new", "num_heads", "num_kv_heads", "size", "length", "window"),
         *_wholes("norm_members"),
+        ("kind", ctypes.c_int),
         ("eps", ctypes.c_float),
     ]
 

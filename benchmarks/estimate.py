@@ -2,7 +2,8 @@
 
 Measured is how far the memory of the process rises above what it held before any weight was loaded, after a run of tiny
 models has loaded what libraries load. Weights that nothing changes stay pages of their file, and are counted. Malloc is
-told to give back what is freed (MALLOC_MMAP_THRESHOLD_), so that what lies idle in its heap is not counted.
+told to give back what is freed (MALLOC_MMAP_THRESHOLD_) and oneDNN to keep no kernels (ONEDNN_PRIMITIVE_CACHE_CAPACITY:
+it keeps 1,024, one for each shape of a bf16 product), so that what lies idle there is not counted.
 
 Examples:
     OMP_NUM_THREADS=1 python benchmarks/estimate.py --json docs/results/estimate.json
@@ -80,7 +81,12 @@ def phases_of(recipe: Recipe) -> list[str]:
 def measure(recipe: Path, overrides: list[str], phase: str, steps: int) -> dict[str, Any]:
     """One phase in a process of its own."""
     job = {"recipe": str(recipe), "overrides": overrides, "phase": phase, "steps": steps}
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    idle = {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
+    }
+    environment = {**os.environ, **idle}
     command = [sys.executable, __file__, "--child", json.dumps(job)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -135,6 +135,9 @@ def _moments(job: Job) -> dict[str, dict[str, int]]:
     quiet = {**standing, "gradients": 0, "optimizer": 0}
     largest = max(shape.head_parameters for shape in job.local)
     moments["fingerprint of the weights"] = {**quiet, "passing": 8 * largest}  # summed as whole numbers
+    if job.on_cpu and job.num_devices == 1:  # pages of a file that is read into another type are memory, too
+        read = [s.num_parameters * s.saved_bytes for s in _owned(job) if s.saved_bytes != job.precision.weights]
+        moments["loading"] = {**quiet, "passing": max(read, default=0)}
     # Pieces of one size hold the same at the same place: each is measured once.
     places = dict.fromkeys(
         (step > 0, number > 0, piece) for step, pieces in enumerate(job.pieces) for number, piece in enumerate(pieces)
@@ -238,8 +241,9 @@ def _loss(job: Job, piece: Piece) -> dict[str, int]:
     hidden = sum(piece.responses * shape.hidden_size * job.precision.weights for shape in shapes)
     if not trains:  # each specialist's block, the fused one, and one for their products
         return parts | {"logits": 4 * chunk * block * (2 + len(shapes)), "hidden states": hidden}
+    own = 4 if low and job.on_cpu else 0  # a specialist's own logits, whose products are in bf16
     return parts | {
-        "logits": chunk * (4 * vocabulary + low * block),
+        "logits": chunk * (4 * vocabulary + (low + own) * block),
         "gradients of heads": 4 * heads if job.trains_everything else 0,
         "gradients of hidden states": hidden,
     }

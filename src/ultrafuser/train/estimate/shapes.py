@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ultrafuser.config.recipe import Recipe, SpecialistConfig
@@ -37,6 +38,7 @@ class Shape:
         is_tied: Whether head and embeddings are one matrix.
         is_gated: Whether the inner layer is a gated one, as in Llama.
         is_rms: Whether layers are normed by RMSNorm, as in Llama.
+        saved_bytes: Of one weight in its files.
         linears: Name, inputs and outputs of every linear layer but the head.
     """
 
@@ -54,6 +56,7 @@ class Shape:
     is_tied: bool
     is_gated: bool
     is_rms: bool
+    saved_bytes: int
     linears: tuple[tuple[str, int, int], ...]
 
     @property
@@ -116,6 +119,7 @@ def read_shape(source: SpecialistConfig, *, name: str) -> Shape:
         is_tied=head.weight is embeddings.weight,
         is_gated=any("gate_proj" in part or "gate_up_proj" in part for part, _ in layers.named_modules()),
         is_rms=any("RMSNorm" in kind for kind in kinds),
+        saved_bytes=dtype.itemsize if isinstance(dtype := model.config.dtype, torch.dtype) else 4,
         linears=tuple(
             (part, int(module.weight.shape[1]), int(module.weight.shape[0]))
             for part, module in layers.named_modules()

@@ -21,9 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ultrafuser.kernels.bf16 import has_bf16_kernel, multiply_bf16
-from ultrafuser.model import loss_terms
 from ultrafuser.model.loss_sums import Labels, Sums
-from ultrafuser.model.loss_terms import Gradients, Inputs, Losses, Wanted, blocks, empty_losses
+from ultrafuser.model.loss_terms import Gradients, Inputs, Losses, Wanted, blocks, empty_losses, rows_at_once
 
 # On a CPU a chunk of more tokens is slower and takes more memory (docs/results.md, "Fused loss"); a GPU wants them.
 MOST_TOKENS_ON_CPU = 256
@@ -46,7 +45,7 @@ class ChunkedPass:
         self.exact, tokens, specialists = inputs.exact, *inputs.weights.shape
         is_on_cpu, self.is_kept = inputs.device.type == "cpu", wanted.of_specialists
         self.chunk = min(inputs.chunk, MOST_TOKENS_ON_CPU) if is_on_cpu and self.is_kept else inputs.chunk
-        width = loss_terms.MOST_ROWS_ON_CPU if is_on_cpu else loss_terms.MOST_ROWS_ON_GPU
+        width = rows_at_once(is_on_cpu, self.is_kept)
         self.blocks = blocks(inputs.vocabulary, width)
         self.is_weighed = wanted.weights and not self.is_kept
         # Every chunk reads heads twice if specialists are trained: converted once, then.

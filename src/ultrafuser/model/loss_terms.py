@@ -94,6 +94,13 @@ class Gradients:
     biases: Sequence[Tensor | None]
 
 
+def rows_at_once(is_on_cpu: bool, is_kept: bool) -> int:
+    """Rows of a head in one product; fewer on a CPU where blocks of all specialists are only summed, side by side."""
+    if not is_on_cpu:
+        return MOST_ROWS_ON_GPU
+    return MOST_ROWS_ON_CPU if is_kept else max(1, MOST_ROWS_ON_CPU // 2)
+
+
 def blocks(vocabulary: int, width: int) -> list[slice]:
     """Parts of the vocabulary, `width` tokens each but the last."""
     return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]

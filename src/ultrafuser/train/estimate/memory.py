@@ -15,7 +15,7 @@ from ultrafuser.config.recipe import Recipe
 from ultrafuser.config.training import StageConfig
 from ultrafuser.model.chunked_pass import MOST_TOKENS_ON_CPU
 from ultrafuser.model.device import multiplies_bf16
-from ultrafuser.model.loss_terms import MOST_ROWS_ON_CPU, MOST_ROWS_ON_GPU
+from ultrafuser.model.loss_terms import rows_at_once
 from ultrafuser.train.estimate.activations import (
     Piece,
     Precision,
@@ -227,7 +227,7 @@ def _loss(job: Job, piece: Piece) -> dict[str, int]:
     if job.on_cpu and trains:
         chunk = min(chunk, MOST_TOKENS_ON_CPU)
     vocabulary = min(shape.vocabulary for shape in job.shapes)
-    block = min(vocabulary, MOST_ROWS_ON_CPU if job.on_cpu else MOST_ROWS_ON_GPU)
+    block = min(vocabulary, rows_at_once(job.on_cpu, trains))
     product = _product_bytes(job)
     low = product if product < 4 else 0
     heads = sum(shape.head_parameters for shape in shapes)

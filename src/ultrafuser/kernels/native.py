@@ -1,4 +1,4 @@
-"""Our own kernels for a few rows, in C (`native.c`), compiled by this machine's C compiler at first use.
+"""Our own kernels, in C (`native.c` and what it includes), compiled by this machine's C compiler at first use.
 
 That takes a second or two; the library is kept in the user's cache folder, under a name made of the source, the options
 and the processor. Where there is no compiler, no such processor, or what was compiled computes something else, torch's
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # of weights
-_SOURCE = Path(__file__).with_name("native.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("native.c", "between.h", "products.h", "numbers.h")]
 _OPTIONS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _COMPILERS = ("gcc", "cc", "clang")
 _TIMEOUT = 60.0  # seconds
@@ -214,7 +214,7 @@ def _compile(file: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as partial:
         pass
     try:
-        command = [*compiler.split(), *_OPTIONS, "-o", partial.name, str(_SOURCE)]
+        command = [*compiler.split(), *_OPTIONS, "-o", partial.name, str(_SOURCES[0])]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
         except OSError as error:
@@ -251,7 +251,8 @@ def _fingerprint() -> str:
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     wanted = ("vendor_id", "cpu family", "model", "flags")
     lines = [line for line in text.split("\n\n")[0].splitlines() if line.split("\t")[0].strip() in wanted]
-    parts = (_SOURCE.read_text(encoding="utf-8"), *_OPTIONS, os.environ.get("CC", ""), *lines)
+    texts = [source.read_text(encoding="utf-8") for source in _SOURCES]
+    parts = (*texts, *_OPTIONS, os.environ.get("CC", ""), *lines)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -497,12 +497,14 @@ OUTSIDE = Adapters(torch.zeros(4, 20), [Up(slice(20, 25), slice(0, 4), torch.zer
         ({"down": Matrix(torch.zeros(2, 24, 20), bias=torch.zeros(24))}, "the bias .* of down"),
         ({"out": Matrix(torch.zeros(2, 16, 24).transpose(1, 2))}, "in one piece"),
         ({"norm_in": torch.zeros(3, 1, 24)}, "a norm's weights"),
-        ({"down": Matrix(torch.zeros(2, 24, 20), adapters=OUTSIDE)}, "do not fit down"),
+        ({"down": Matrix(torch.zeros(1, 24, 20), adapters=OUTSIDE)}, "do not fit down"),
+        ({"down": Matrix(torch.zeros(2, 24, 20), adapters=OUTSIDE)}, "not over one base"),
+        ({"down": Matrix(torch.zeros(1, 24, 20))}, "of down are no"),
     ],
-    ids=["shape", "units", "bias", "layout", "norm", "adapters"],
+    ids=["shape", "units", "bias", "layout", "norm", "adapters", "adapters without a base", "one weight among others"],
 )
 def test_layers_that_do_not_fit_are_refused_and_not_read(change: dict[str, Any], message: str):
-    stack = Stack(2, (2, 2, 8))
+    stack = Stack(2, (2, 2, 8), is_shared="do not fit" in message)
     stack.layers[1] = stack.layers[1]._replace(**change)
     with pytest.raises(ValueError, match=message):
         stack.kernel()

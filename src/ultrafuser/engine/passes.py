@@ -257,6 +257,8 @@ def _check_layer(layer: LayerWeights, shape: Shape, num_members: int, num_weight
             if matrix.bias.shape != (num_weights, num_out):
                 raise ValueError(f"the bias {tuple(matrix.bias.shape)} of {name} is no {(num_weights, num_out)}")
         if matrix.adapters is not None:
+            if num_weights != 1:  # a thread has rows of those members alone whose weights it multiplies
+                raise ValueError(f"adapters of {name} stand over {num_weights} weights and not over one base")
             _check_adapters(matrix.adapters, name, num_out, num_in, num_members)
     norms = ((layer.norm_in, shape.hidden_size), (layer.norm_mlp, shape.hidden_size))
     heads_too = [(norm, shape.head_size) for norm in (layer.norm_q, layer.norm_k) if norm is not None]

@@ -171,7 +171,10 @@ def test_an_installed_package_has_every_domain_and_the_source_of_its_kernels(tmp
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     shipped = {str(path.relative_to(SHIPPED)) for path in SHIPPED.rglob("*") if path.is_file()}
-    assert (tmp_path / "installed" / "ultrafuser" / "engine" / "native.c").is_file()
+    kernels = tmp_path / "installed" / "ultrafuser" / "kernels"
+    sources = {path.name for path in (ROOT / "src" / "ultrafuser" / "kernels").glob("*.[ch]")}
+    assert "native.c" in sources
+    assert sources <= {path.name for path in kernels.iterdir()}
     there = tmp_path / "installed" / "ultrafuser" / "synthesis" / "domains"
     script = (
         "import ultrafuser.synthesis.domain as d; from ultrafuser.synthesis.recipe import DomainConfig; "

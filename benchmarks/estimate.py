@@ -102,14 +102,17 @@ def measure_here(recipe: str, overrides: list[str], phase: str, steps: int) -> d
 
     loaded = shorten(load_recipe(recipe, overrides), steps)
     ingredients = gather_ingredients(loaded)
-    (estimate,) = (e for e in estimate_phases(loaded, this_machine("cpu"), ingredients) if e.name == phase)
+    device = torch.device(loaded.train.device or "cpu")
+    (estimate,) = (e for e in estimate_phases(loaded, this_machine(str(device)), ingredients) if e.name == phase)
     warm_up(overrides, phase)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(loaded.model_copy(update={"output": Path(folder)}))
-        reset_peak()
-        before = resident_bytes()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        reset_peak(device)
+        before = held_bytes(device)
         run_phase(trainer, phase)
-        measured = peak_bytes() - before
+        measured = peak_bytes(device) - before
     return {
         "estimated_mb": round(estimate.memory.num_bytes / MB, 1),
         "measured_mb": round(measured / MB, 1),
@@ -157,8 +160,10 @@ def warm_up(overrides: list[str], phase: str) -> None:
     gc.collect()
 
 
-def resident_bytes() -> int:
-    """Of this process, now."""
+def held_bytes(device: torch.device) -> int:
+    """Of this process, now; on a GPU of its tensors."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -4,10 +4,13 @@ On a CPU without instructions for bf16 the other ways take minutes in it, one pa
 
 Every measurement is a process of its own: the memory is how far its resident set rises above what it held with the
 inputs there (gradients count); the time is the processor's, which other work on the machine disturbs less than the
-clock's. Every variant runs once per round; the fastest counts.
+clock's. Every variant runs once per round; the fastest counts. On a GPU (`--device cuda`) the memory is the
+allocator's, the time the clock's, the median of several after two to warm up, all in one process, and Liger's kernel
+can be compared.
 
 Examples:
     OMP_NUM_THREADS=1 python benchmarks/fused_loss.py --json docs/results/fused_loss.json
+    python benchmarks/fused_loss.py --device cuda --hidden-size 4096 --variants naive concat liger own
     OMP_NUM_THREADS=1 python benchmarks/fused_loss.py --variants own whole --hidden-size 576 --tokens 512 256 --rounds 5
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -32,6 +36,7 @@ from ultrafuser.files import write_text_atomically
 from ultrafuser.model import loss_terms
 from ultrafuser.model.fusion import fuse_logits
 from ultrafuser.model.loss import LinearHead, fused_nll
+from ultrafuser.model.loss_backends import concatenated_loss
 from ultrafuser.provenance import describe_run
 
 NUM_SPECIALISTS = 3
@@ -47,6 +52,7 @@ class Case:
     hidden_size: int
     dtype: str
     trained: str  # all: stage 2; gate: stage 1
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,11 @@ def make_inputs(case: Case, *, tokens: int | None = None, vocabulary: int | None
     tokens, vocabulary = tokens or case.tokens, vocabulary or case.vocabulary
     dtype, everything = getattr(torch, case.dtype), case.trained == "all"
     shapes = [(rows, case.hidden_size) for rows in [tokens] * NUM_SPECIALISTS + [vocabulary] * NUM_SPECIALISTS]
-    tensors = [torch.randn(shape).mul_(0.5).to(dtype).requires_grad_(everything) for shape in shapes]
-    scores = torch.randn(tokens, NUM_SPECIALISTS).requires_grad_()
-    labels = torch.randint(0, vocabulary, (tokens,))
+    tensors = [
+        torch.randn(shape, device=case.device).mul_(0.5).to(dtype).requires_grad_(everything) for shape in shapes
+    ]
+    scores = torch.randn((tokens, NUM_SPECIALISTS), device=case.device).requires_grad_()
+    labels = torch.randint(0, vocabulary, (tokens,), device=case.device)
     return Inputs(tensors[:NUM_SPECIALISTS], tensors[NUM_SPECIALISTS:], scores, labels)
 
 
@@ -100,6 +108,12 @@ def concat_fused(inputs: Inputs, weights: Tensor, _: int) -> Tensor:
     return F.linear_cross_entropy(hidden, head, inputs.labels, options=torch.nn.LinearCrossEntropyOptions())
 
 
+def liger(inputs: Inputs, weights: Tensor, _: int) -> Tensor:
+    """The same in Liger's kernel, which needs a GPU."""
+    biases = [None] * NUM_SPECIALISTS
+    return concatenated_loss(weights, inputs.labels, inputs.hiddens, inputs.heads, biases, "liger").mean()
+
+
 def checkpointed(inputs: Inputs, weights: Tensor, _: int) -> Tensor:
     """The general way, for any head and space of fusion: chunks of 1,024 whose logits are made twice."""
     heads = [lambda hidden, head=head: F.linear(hidden, head) for head in inputs.heads]
@@ -122,11 +136,14 @@ VARIANTS: dict[str, Callable[[Inputs, Tensor, int], Tensor]] = {
     "naive": naive,
     "concat": concat,
     "linear_cross_entropy": concat_fused,
+    "liger": liger,
     "checkpointed": checkpointed,
     "own": own,
     "whole": whole,
 }
-OTHERS = ("naive", "concat", "linear_cross_entropy", "checkpointed")
+OTHERS = ("naive", "concat", "linear_cross_entropy", "checkpointed", "liger")
+ON_CPU = ("naive", "concat", "linear_cross_entropy", "checkpointed", "own")
+GPU_REPETITIONS = 7
 
 
 def run_once(inputs: Inputs, variant: str, chunk: int) -> tuple[float, list[Tensor]]:
@@ -146,19 +163,50 @@ def measure_here(case: Case, variant: str, chunk: int) -> dict[str, Any]:
     small = make_inputs(case, tokens=64, vocabulary=1000)
     run_once(small, variant, chunk)  # loads what is loaded at first use
     inputs = make_inputs(case)
+    if case.device != "cpu":
+        return measure_on_gpu(inputs, variant, chunk)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = memory_kib("VmRSS")
     clock, processor = time.perf_counter(), time.process_time()
     loss, gradients = run_once(inputs, variant, chunk)
     seconds, clock_seconds = time.process_time() - processor, time.perf_counter() - clock
     extra = memory_kib("VmHWM") - before
-    norms = [float(g.double().norm()) for g in gradients]
     return {
         "extra_mib": extra / 1024,
         "seconds": seconds,
         "clock_seconds": clock_seconds,
         "loss": loss,
-        "gradient_norms": norms,
+        "gradient_norms": norms_of(gradients),
+    }
+
+
+def norms_of(gradients: Sequence[Tensor]) -> list[float]:
+    """Theirs, in fp64."""
+    return [float(g.double().norm()) for g in gradients]
+
+
+def measure_on_gpu(inputs: Inputs, variant: str, chunk: int) -> dict[str, Any]:
+    """As `measure_here`: what the allocator held at most, and the clock of what came to an end."""
+    for _ in range(2):
+        run_once(inputs, variant, chunk)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before, times = torch.cuda.memory_allocated(), []
+    for _ in range(GPU_REPETITIONS):
+        gradients: list[Tensor] = []
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        loss, gradients = run_once(inputs, variant, chunk)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    extra, seconds = torch.cuda.max_memory_allocated() - before, statistics.median(times)
+    return {
+        "extra_mib": extra / 2**20,
+        "seconds": seconds,
+        "clock_seconds": seconds,
+        "loss": loss,
+        "gradient_norms": norms_of(gradients),
     }
 
 
@@ -169,6 +217,8 @@ def measure(case: Case, variant: str, chunk: int, number: int, journal: Path | N
         for line in map(json.loads, journal.read_text(encoding="utf-8").splitlines()):
             if line["job"] == job:
                 return dict(line["result"])
+    if case.device != "cpu":  # whose allocator counts what this process holds, whatever held it before
+        return measure_here(case, variant, chunk)
     done = subprocess.run([sys.executable, __file__, "--child", job], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{variant} of {case} ended with {done.returncode}: {done.stderr[-500:]}")
@@ -204,7 +254,7 @@ def show(row: dict[str, Any]) -> str:
         f"V = {row['vocabulary']:,}, M = {row['tokens']:,}, H = {row['hidden_size']}, {row['dtype']}, {row['trained']}"
     )
     lines = [
-        f"  {name:<28} {r['extra_mib']:>8.0f} MiB {r['seconds']:>7.2f} s   loss {r['loss']:.6f}"
+        f"  {name:<28} {r['extra_mib']:>8.0f} MiB {r['seconds']:>8.4f} s   loss {r['loss']:.6f}"
         for name, r in row["variants"].items()
     ]
     if "saving" in row:
@@ -236,7 +286,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="processes per variant")
     parser.add_argument("--trained", nargs="+", choices=["all", "gate"], default=["all", "gate"])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=[*OTHERS, "own"])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=[*ON_CPU])
+    parser.add_argument("--device", default="cpu", help="cuda for a GPU")
     parser.add_argument("--journal", type=Path, default=None, help="keep measurements here, to go on after a stop")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -248,7 +299,7 @@ def main() -> None:
     for trained in arguments.trained:
         for vocabulary, tokens in zip((32_000, 152_064), arguments.tokens, strict=True):
             for dtype in arguments.dtypes:
-                case = Case(vocabulary, tokens, arguments.hidden_size, dtype, trained)
+                case = Case(vocabulary, tokens, arguments.hidden_size, dtype, trained, arguments.device)
                 row = compare(case, arguments.variants, arguments.chunk, arguments.rounds, arguments.journal)
                 report["cases"].append(row)
                 print(show(row), flush=True)

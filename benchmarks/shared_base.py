@@ -73,7 +73,7 @@ def make_specialists(options: argparse.Namespace) -> tuple[Specialists, Any]:
 def make_up(adapters: Mapping[str, Adapter], base: PreTrainedModel) -> Specialists:
     """Specialists with adapters of random numbers."""
     models = share_base(base, adapters)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device=base.device).manual_seed(0)
     for model in models.values():
         for _, layer in lora_layers(model):
             for linear in (layer.lora_A["default"], layer.lora_B["default"]):

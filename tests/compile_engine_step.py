@@ -21,4 +21,4 @@ assert isinstance(group.backbone, LlamaStack)
 group.graphs = StepGraphs(group.backbone, group.cache, compile_with="eager")
 answers = [EngineGenerator(engine).generate(conversation, params)[0].token_ids for _ in range(2)]
 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-print("equal", all(answer == expected for answer in answers), "graphs", graphs, "shapes", len(group.graphs._steps))
+print("equal", all(answer == expected for answer in answers), "graphs", graphs, "shapes", len(group.graphs.steps))

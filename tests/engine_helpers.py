@@ -6,10 +6,12 @@ The reference calls each specialist's own forward on its whole view for every to
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,6 +24,8 @@ from ultrafuser.engine.requests import GenerationRequest, StreamEvent, TokenPiec
 from ultrafuser.generation import SamplingParams
 from ultrafuser.model.fused import FusedForCausalLM
 
+DEVICE = torch.device(os.environ.get("ULTRAFUSER_TEST_DEVICE", "cpu"))  # where engines of `make_engine` run
+ON_CPU = pytest.mark.skipif(DEVICE.type != "cpu", reason="this is about what the CPU alone has")
 CONTEXT = 96
 ENDS = frozenset({2})  # of the paper's templates: </s>
 FIRST_BYTE = 5  # ids before are special
@@ -95,10 +99,10 @@ def make_engine(
         "chunk": 16,
     }
     engine = Engine(
-        make_fused() if model is None else model,
+        (make_fused() if model is None else model).to(DEVICE),
         make_tokenizer() if tokenizer is None else tokenizer,
         EngineOptions(**{**defaults, **options}),
-        draft=draft,
+        draft=None if draft is None else draft.to(DEVICE),
     )
     engine.planner.rest_after = lambda _: 0  # type: ignore[method-assign]  # which depends on the clock
     return engine
@@ -174,10 +178,12 @@ def finish(engine: Engine, before_step: Callable[[int], None] | None = None) -> 
 def reference_outputs(model: FusedForCausalLM, rows: Sequence[Sequence[int]]) -> tuple[list[Tensor], list[Tensor]]:
     """Of each specialist after its own row: logits [T, V] and last hidden states [T, H]."""
     outputs = [
-        specialist(input_ids=torch.tensor([list(row)]), use_cache=False, output_hidden_states=True)
+        specialist(
+            input_ids=torch.tensor([list(row)], device=specialist.device), use_cache=False, output_hidden_states=True
+        )
         for specialist, row in zip(model.specialists.values(), rows, strict=True)
     ]
-    return [o.logits[0] for o in outputs], [o.hidden_states[-1][0] for o in outputs]
+    return [o.logits[0].cpu() for o in outputs], [o.hidden_states[-1][0].cpu() for o in outputs]
 
 
 def perplexity_weights(model: FusedForCausalLM, prompts: Sequence[Sequence[int]]) -> Tensor:

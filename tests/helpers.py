@@ -5,6 +5,7 @@ The reference calls each specialist's own forward on its own unpadded ids, witho
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,11 +134,14 @@ def save_specialist(model: PreTrainedModel, folder: Path, *, tokenizer: Any = No
 def reference_scores(model: FusedForCausalLM, hiddens: Sequence[Tensor]) -> Tensor:
     """The gate by hand: [..., H] of each specialist to [..., N]."""
     scores = []
+    gate = model.fusion_gate
+    if next(gate.parameters()).device != hiddens[0].device:
+        gate = copy.deepcopy(gate).to(hiddens[0].device)
     for name, hidden in zip(model.names, hiddens, strict=True):
-        if name in model.fusion_gate.projections:
-            projection = model.fusion_gate.projections[name]
+        if name in gate.projections:
+            projection = gate.projections[name]
             hidden = hidden @ projection.weight.T + projection.bias
-        first, _, second = model.fusion_gate.layers
+        first, _, second = gate.layers
         scores.append((torch.relu(hidden @ first.weight.T + first.bias) @ second.weight.T + second.bias).squeeze(-1))
     return torch.stack(scores, dim=-1)
 

@@ -8,6 +8,7 @@ import pytest
 
 from engine_helpers import (
     CONTEXT,
+    ON_CPU,
     Heard,
     always_draft,
     assert_answers,
@@ -69,6 +70,7 @@ def test_answers_in_a_mix_are_the_plain_loops_with_and_without_drafts(runner: st
     assert 0 <= stats.accepted_tokens <= stats.drafted_tokens
 
 
+@ON_CPU
 @pytest.mark.parametrize("runner", ["sequential", "stacked"])
 @pytest.mark.parametrize("form", ["half", "int4"])
 def test_a_specialist_that_runs_ahead_in_fewer_bits_changes_no_answer(runner: str, form: str):
@@ -86,6 +88,7 @@ def test_a_specialist_that_runs_ahead_in_fewer_bits_changes_no_answer(runner: st
     assert 0 < stats.accepted_tokens < stats.drafted_tokens
 
 
+@ON_CPU
 def test_nothing_that_a_wrong_drafter_leaves_in_the_caches_is_ever_seen():
     """Whole blocks of keys and values are another model's here, and are written over before anybody reads them."""
     model = make_fused(make_similar())
@@ -147,6 +150,7 @@ def test_one_or_two_specialists_answer_as_the_plain_loop(num: int, kind: Any):
         assert_answers(model, request, heard)
 
 
+@ON_CPU
 def test_one_specialist_is_drafted_for_by_itself_only_in_fewer_bits():
     kinds = ("lookup", "self", "model")
     exact = make_engine(make_fused(make_similar(1)), drafts=kinds, draft_weights="exact")

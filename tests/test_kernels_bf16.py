@@ -70,3 +70,13 @@ def test_the_number_of_threads_and_the_place_change_no_bit():
 def test_what_does_not_fit_is_refused_and_not_read(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None):
     with pytest.raises(ValueError, match="do not fit"):
         inspect.unwrap(multiply_bf16)(x, weight, out)
+
+
+@pytest.mark.parametrize("has_place", [False, True])
+def test_elsewhere_than_on_a_cpu_torch_is_asked_for_a_result_in_fp32(has_place: bool):
+    """On `meta`, where torch checks what it is asked and computes nothing; `test_gpu.py` has the numbers."""
+    x, weight = torch.zeros(3, 8, device="meta").bfloat16(), torch.zeros(5, 8, device="meta").bfloat16()
+    out = torch.zeros(3, 5, device="meta") if has_place else None
+    y = multiply_bf16(x, weight, out)
+    assert (y.shape, y.dtype, y.device.type) == ((3, 5), torch.float32, "meta")
+    assert out is None or y is out

@@ -1,8 +1,8 @@
 """Decoding steps of constant shape: what CUDA graphs need, and torch.compile without compiling again.
 
 A step is one for each number of choices (rounded up to a power of two), new tokens and columns read (rounded up, too).
-Rows that are not there write beyond what anybody reads. On CUDA the step is compiled, then captured as a graph and
-replayed, so launching its kernels costs nothing; elsewhere it runs as it is, which is how it is tested.
+Rows that are not there write beyond what anybody reads. On CUDA the step is captured as a graph and replayed, so
+launching its kernels costs nothing; elsewhere it runs as it is.
 
 Shapes: G specialists of a stack, B choices, T new tokens, H hidden size.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -49,12 +50,14 @@ class StepGraphs:
     Args:
         stack: The specialists.
         cache: Their slots.
-        compile_with: Backend of torch.compile, or None to run as written; on CUDA "inductor".
+        compile_with: Backend of torch.compile, or None to run as written.
     """
 
-    def __init__(self, stack: LlamaStack, cache: SlotCache, *, compile_with: str | None) -> None:
+    def __init__(self, stack: LlamaStack, cache: SlotCache, *, compile_with: str | None = None) -> None:
         self.stack, self.cache, self.compile_with = stack, cache, compile_with
-        self._steps: dict[tuple[int, int, int], _Step] = {}
+        self.steps: dict[tuple[int, int, int], _Step] = {}
+        # One after another they run, so one may use what another has done with.
+        self._pool = torch.cuda.graph_pool_handle() if stack.device.type == "cuda" else None
 
     def takes(self, num_choices: int, num_new: int, slots: list[int]) -> bool:
         """Whether a step is of the kind that is repeated: few tokens of the first slots."""
@@ -66,9 +69,9 @@ class StepGraphs:
         rows = min(_power_of_two(num_choices), self.cache.num_slots)
         columns = min(max(_power_of_two(longest + num_new), _FEWEST_COLUMNS), self.cache.length)
         key = (rows, num_new, columns)
-        if key not in self._steps:
-            self._steps[key] = self._make(num_members, *key)
-        step = self._steps[key]
+        if key not in self.steps:
+            self.steps[key] = self._make(num_members, *key)
+        step = self.steps[key]
         step.ids[:, :num_choices].copy_(ids)
         step.starts[:, :num_choices].copy_(starts)
         # Whoever is not there writes into the margin at the end of its slot.
@@ -88,10 +91,10 @@ class StepGraphs:
             forward = torch.compile(forward, fullgraph=True, dynamic=False, backend=self.compile_with)
         if device.type != "cuda":
             return _Step(ids, starts, lambda: forward(ids, starts))
-        return _Step(ids, starts, _captured(lambda: forward(ids, starts), device))
+        return _Step(ids, starts, _captured(lambda: forward(ids, starts), device, self._pool))
 
 
-def _captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+def _captured(run: Callable[[], Tensor], device: torch.device, pool: Any) -> Callable[[], Tensor]:
     """Run a few times beside the main stream, then record; what comes out is overwritten by the next replay."""
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -100,7 +103,7 @@ def _captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], T
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may use the device
         output = run()
 
     def replay() -> Tensor:

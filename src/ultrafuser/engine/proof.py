@@ -77,13 +77,14 @@ def ask_models(
         [_own_logits(model, ids[j, row, :n], in_fp32) for row, n in enumerate(lengths)]
         for j, model in enumerate(models)
     ]
-    is_rounded = rounds(models[0].get_output_embeddings().weight.dtype)
-    tolerance = _EXACT if models[0].dtype == torch.float32 or (in_fp32 and not is_rounded) else _ROUNDED
+    is_16_bit = models[0].dtype.itemsize == 2
+    is_rounded = is_16_bit and (not in_fp32 or rounds(models[0].get_output_embeddings().weight.dtype))
+    tolerance = _ROUNDED if is_rounded else _EXACT
     allowed = [[tolerance * float(logits.abs().max().clamp(min=1.0)) for logits in texts] for texts in expected]
-    if in_fp32 and is_rounded:  # some texts are moved by more, which the model itself tells
+    if is_rounded:  # some texts are moved by more, which the model itself tells
         for j, model in enumerate(models):
             for row, n in enumerate(lengths):
-                moved = float((_own_logits(model, ids[j, row, :n], False) - expected[j][row]).abs().max())
+                moved = float((_own_logits(model, ids[j, row, :n], not in_fp32) - expected[j][row]).abs().max())
                 allowed[j][row] = max(allowed[j][row], _NOISE * moved)
     return Proof(ids, lengths, expected, allowed, [type(model).__name__ for model in models], list(names))
 

@@ -242,6 +242,8 @@ def _make_group(
 ) -> _Group:
     """Views that run together, proven to compute what their models do."""
     device, threads = models[0].device, torch.get_num_threads()
+    if weights.form != "exact" and device.type != "cpu":
+        raise ConfigError(f"weights in {weights.form} are for the CPU, and these are on {device}: use exact weights")
     drafter: LlamaStack | None = None
     backbone: Backbone
     if stack is not None:
@@ -272,7 +274,7 @@ def _make_group(
     group = _Group(views, backbone, cache, drafter)
     is_static = device.type == "cuda" if weights.static_shapes is None else weights.static_shapes
     if is_static and isinstance(backbone, LlamaStack):
-        group.graphs = StepGraphs(backbone, cache, compile_with="inductor" if device.type == "cuda" else None)
+        group.graphs = StepGraphs(backbone, cache)
     return group
 
 

@@ -53,7 +53,10 @@ class ChunkedPass:
             head.to(dtype) if self.is_kept else head for head, dtype in zip(inputs.heads, inputs.dtypes, strict=True)
         ]
         self.are_narrow = [
-            dtype == torch.bfloat16 and self.exact == torch.float32 and head.is_contiguous() and _is_fast(head.device)
+            dtype == torch.bfloat16
+            and self.exact == torch.float32
+            and head.is_contiguous()
+            and has_bf16_kernel(head.device)
             for head, dtype in zip(self.heads, inputs.dtypes, strict=True)
         ]
         self.losses = empty_losses(inputs, wanted)
@@ -187,11 +190,6 @@ class ChunkedPass:
             [zeros(h) if w else None for h, w in zip(inputs.heads, wanted.heads, strict=True)],
             [zeros(b) if b is not None and w else None for b, w in zip(inputs.biases, wanted.biases, strict=True)],
         )
-
-
-def _is_fast(device: torch.device) -> bool:
-    """Whether our own kernel multiplies bf16 numbers there."""
-    return device.type == "cpu" and has_bf16_kernel()
 
 
 def _shaped(room: Tensor, rows: int, block: slice) -> Tensor:

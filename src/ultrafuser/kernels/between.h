@@ -93,33 +93,43 @@ INLINE void turn(const float *x, const float *cosines, const float *sines, float
     }
 }
 
-/* LANES numbers of a cache, which is in fp32 or bf16. */
-INLINE vec kept_at(const char *cache, long at, enum kind kind) {
-    if (kind == FP32) return *(const vec_anywhere *)(cache + 4 * at);
-    return (vec)(__builtin_convertvector(*(const few_halves *)(cache + 2 * at), bits) << 16);
-}
+/* Whose products with keys of a kind are taken: queries are rounded as keys in bf16 are, where there are PAIRS. */
+INLINE enum kind query_kind(enum kind kind) { return kind == BF16 ? PAIRS : kind; }
 
-/* Scores of `count` columns, and the largest of them. The first query that reads keys asks for those of some columns on, and
-   for the values, which come next: memory alone does not look beyond a page. */
-INLINE float scores_of(const float *query, const char *keys, const char *values, float *scores, long count, long size,
-                       int reads_ahead, enum kind kind) {
-    const long num_bytes = size * size_of(kind);
+/* Scores of `count` columns, and the largest of them; `query` is of its kind. The first query that reads keys asks for those
+   of some columns on, and for the values, which come next: memory alone does not look beyond a page. */
+INLINE float scores_of(const char *query, const char *keys, const char *values, float *scores, long count, long size,
+                       float scale, int reads_ahead, enum kind kind) {
+    const enum kind own = query_kind(kind);
+    const long num_bytes = size * size_of(own), step = lanes_of(own);
     float most = -__builtin_inff();
-    for (long column = 0; column < count; column++) {
-        for (long at = column * num_bytes; reads_ahead && at < (column + 1) * num_bytes; at += LINE) {
-            __builtin_prefetch(keys + at + AHEAD, 0, 2);
-            __builtin_prefetch(values + at, 0, 2);
+    for (long column = 0, columns; column < count; column += columns) {
+        columns = count - column < 4 ? 1 : 4;
+        const char *at = keys + column * num_bytes;
+        for (long ahead = 0; reads_ahead && ahead < columns * num_bytes; ahead += LINE) {
+            __builtin_prefetch(at + ahead + AHEAD, 0, 2);
+            __builtin_prefetch(values + column * num_bytes + ahead, 0, 2);
         }
-        vec sums[2] = {{0}, {0}};
-        const long key = column * size;
-        long i = 0;
-        for (; i + 2 * LANES <= size; i += 2 * LANES) {
-            sums[0] += *(const vec_anywhere *)(query + i) * kept_at(keys, key + i, kind);
-            sums[1] += *(const vec_anywhere *)(query + i + LANES) * kept_at(keys, key + i + LANES, kind);
+        wide sums[4] = {{0}, {0}, {0}, {0}};
+        for (long i = 0; i < size; i += step) {
+            const long bytes = i * size_of(own), rest = size - i;
+            if (columns == 4 && rest >= step) {
+                const wide part = load(query + bytes, own);
+#pragma GCC unroll 4
+                for (int c = 0; c < 4; c++)
+                    sums[c] = add_product(sums[c], part, load(at + c * num_bytes + bytes, own), own);
+            } else
+                for (int c = 0; c < columns; c++)
+                    sums[c] = rest >= step ? add_product(sums[c], load(query + bytes, own),
+                                                         load(at + c * num_bytes + bytes, own), own)
+                                           : sums[c] + rest_product(query + bytes, at + c * num_bytes + bytes, rest, own);
         }
-        if (i < size) sums[0] += *(const vec_anywhere *)(query + i) * kept_at(keys, key + i, kind);
-        scores[column] = sum_of(sums[0] + sums[1]);
-        most = scores[column] > most ? scores[column] : most;
+        const four all = (columns == 4 ? wide_sums_of(sums[0], sums[1], sums[2], sums[3])
+                                       : (four){wide_sum_of(sums[0])}) * scale;
+        for (int c = 0; c < columns; c++) {
+            scores[column + c] = all[c];
+            most = all[c] > most ? all[c] : most;
+        }
     }
     return most;
 }
@@ -127,13 +137,25 @@ INLINE float scores_of(const float *query, const char *keys, const char *values,
 /* `blocks` vectors of what the columns say, from value `first` on, weighted; a constant where this is inlined. */
 INLINE void weigh(const char *values, long first, const float *shares, float *y, long count, long size, float factor,
                   int blocks, enum kind kind) {
-    vec sums[4] = {{0}, {0}, {0}, {0}};
+    wide sums[4] = {{0}, {0}, {0}, {0}};
     for (long column = 0; column < count; column++)
 #pragma GCC unroll 4
         for (int b = 0; b < blocks; b++)
-            sums[b] += kept_at(values, column * size + first + b * LANES, kind) * shares[column];
+            sums[b] = add_product(sums[b], (wide){0} + shares[column],
+                                  load(values + (column * size + first + b * WIDE) * size_of(kind), kind), FP32);
 #pragma GCC unroll 4
-    for (int b = 0; b < blocks; b++) *(vec_anywhere *)(y + first + b * LANES) = sums[b] * factor;
+    for (int b = 0; b < blocks; b++) *(wide_anywhere *)(y + first + b * WIDE) = sums[b] * factor;
+}
+
+/* The last of them, fewer than a vector holds. */
+static void weigh_rest(const char *values, long first, const float *shares, float *y, long count, long size, float factor,
+                       enum kind kind) {
+    wide sums = {0};
+    for (long column = 0; column < count; column++)
+        sums = add_product(sums, (wide){0} + shares[column],
+                           load_rest(values + (column * size + first) * size_of(kind), size - first, kind), FP32);
+    sums *= factor;
+    memcpy(y + first, &sums, (size - first) * sizeof(float));
 }
 
 /* Attention of one layer. */
@@ -194,10 +216,14 @@ INLINE void attend(const struct attention *a, long row, long head, float *scores
         const char *seen_keys = keys + from * size * size_of(kind), *seen = values + from * size * size_of(kind);
         for (long q = head * share; q < (head + 1) * share; q++) {
             float query[LARGEST_HEAD], total = 0;
+            uint16_t rounded[LARGEST_HEAD];
             place(a, a->qkv + (first + t) * width + q * size, a->norm_q, member, column, query);
-            for (long d = 0; d < size; d++) query[d] *= scale;
+#if HAS_PAIRS
+            if (kind == BF16) round_rows(query, rounded, size);
+#endif
+            const char *asked = kind == BF16 ? (const char *)rounded : (const char *)query;
             const int is_first = t == 0 && q == head * share;
-            const float most = scores_of(query, seen_keys, seen, scores, count, size, is_first, kind);
+            const float most = scores_of(asked, seen_keys, seen, scores, count, size, scale, is_first, kind);
             long i = 0;
             vec sums = {0};
             for (; i + LANES <= count; i += LANES)
@@ -210,8 +236,9 @@ INLINE void attend(const struct attention *a, long row, long head, float *scores
             total += sum_of(sums);
             float *to = a->y + (first + t) * a->num_heads * size + q * size;
             long d = 0;
-            for (; d + 4 * LANES <= size; d += 4 * LANES) weigh(seen, d, scores, to, count, size, 1.0f / total, 4, kind);
-            for (; d < size; d += LANES) weigh(seen, d, scores, to, count, size, 1.0f / total, 1, kind);
+            for (; d + 4 * WIDE <= size; d += 4 * WIDE) weigh(seen, d, scores, to, count, size, 1.0f / total, 4, kind);
+            for (; d + WIDE <= size; d += WIDE) weigh(seen, d, scores, to, count, size, 1.0f / total, 1, kind);
+            if (d < size) weigh_rest(seen, d, scores, to, count, size, 1.0f / total, kind);
         }
     }
 }

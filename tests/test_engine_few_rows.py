@@ -256,6 +256,7 @@ class Stack:
         heads: Of queries, of keys and values, and their size.
         kinds: Types of weights of the four products.
         is_shared: One base for all, with adapters.
+        num_ranks: Of the first one's adapter; the others have more.
         has_bias, has_head_norm: As Qwen2 and Qwen3 have them.
         window: Of attention.
         kept: Type of keys and values.
@@ -271,6 +272,7 @@ class Stack:
         kinds: Any = (torch.float32,) * 4,
         num_layers: int = 2,
         is_shared: bool = False,
+        num_ranks: int = 2,
         has_bias: bool = False,
         has_head_norm: bool = False,
         window: int | None = None,
@@ -278,6 +280,7 @@ class Stack:
     ) -> None:
         torch.manual_seed(0)
         self.num_members, self.is_shared, self.has_bias = num_members, is_shared, has_bias
+        self.num_ranks = num_ranks
         num_q, num_kv, size = heads
         self.shape = Shape(num_q, num_kv, size, self.hidden_size, self.inner_size, window, 1e-5)
         outs = ((num_q + 2 * num_kv) * size, self.hidden_size, 2 * self.inner_size, self.hidden_size)
@@ -307,17 +310,22 @@ class Stack:
         units = torch.rand(count, num_out) / 64 if kind == torch.int8 else None
         adapters = None
         if self.is_shared:
-            ranks = 2 * self.num_members
-            scales = torch.zeros(self.num_members, ranks)
-            for member in range(self.num_members):
-                scales[member, 2 * member : 2 * member + 2] = torch.rand(2)
+            sizes = [(1, self.num_ranks + member) for member in range(self.num_members)]
+            sizes[0] = (0, self.num_ranks)  # the first has no adapter of the first layer
+            ranks = sum(map(sum, sizes))
+            scales = torch.rand(ranks)
             adapter_kind = torch.float32 if kind == torch.int8 else kind
             down = (torch.randn(ranks, num_in) / num_in**0.5).to(adapter_kind)
-            half = num_out // 2  # two linear layers side by side: the second's ranks are the last
-            ups = [
-                Up(outputs, own, torch.randn(own.stop - own.start, outputs.stop - outputs.start).to(adapter_kind))
-                for outputs, own in ((slice(3, half), slice(0, 1)), (slice(half, num_out), slice(1, ranks)))
-            ]
+            half, first, ups = num_out // 2, 0, []
+            for layer, outputs in enumerate((slice(3, half), slice(half, num_out))):  # two linear layers side by side
+                own, last = [], first
+                for own_sizes in sizes:
+                    own.append(slice(last - first, last - first + own_sizes[layer]))
+                    last += own_sizes[layer]
+                if last > first:  # somebody has one
+                    up = torch.randn(outputs.stop - outputs.start, last - first).to(adapter_kind)
+                    ups.append(Up(outputs, slice(first, last), own, up))
+                first = last
             adapters = Adapters(down, ups, scales)
         if units is not None:
             weight = (weight / units[..., None]).round().clamp(-127, 127)
@@ -350,12 +358,13 @@ class Stack:
             weight = matrix.weight[j].double()
             if matrix.units is not None:
                 weight = weight * matrix.units[j].double()[:, None]
+            read = as_read(rows.float(), matrix.weight.dtype).double()
+            y = read @ weight.t()
             if matrix.adapters is not None:
-                weight = weight.clone()
-                for outputs, own, up in matrix.adapters.ups:
-                    down = matrix.adapters.scales[member, own, None].double() * matrix.adapters.down[own].double()
-                    weight[outputs] += up.double().t() @ down
-            y = as_read(rows.float(), matrix.weight.dtype).double() @ weight.t()
+                down, adapted, scales = matrix.adapters
+                lowered = as_read((read @ down.double().t() * scales.double()).float(), down.dtype).double()
+                for outputs, ranks, own, up in adapted:
+                    y[:, outputs] += lowered[:, ranks][:, own[member]] @ up.double().t()[own[member]]
             found.append(y if matrix.bias is None else y + matrix.bias[j].double())
         return torch.stack(found)
 
@@ -384,6 +393,7 @@ class Stack:
                     part * self.cos[column] + part.roll(size // 2, -1) * self.sin[column] for part in (queries, news)
                 )
                 keys[row, :, column], values[row, :, column] = news, told
+                queries = as_read(queries, keys.dtype)
                 first = 0 if window is None else max(0, column + 1 - window)
                 for q in range(num_q):
                     kv = q // (num_q // num_kv)
@@ -409,6 +419,7 @@ def kept(stack: Stack) -> list[torch.Tensor]:
     window=st.sampled_from([None, 1, 3, 50]),
     dtype=st.sampled_from([torch.float32] + [torch.bfloat16] * few_rows.rounds(torch.bfloat16)),
     num_threads=st.integers(1, 3),
+    num_ranks=st.sampled_from([1, 2, 16, 31, 63, 130]),
     data=st.data(),
 )
 def test_a_pass_is_that_by_hand(
@@ -422,9 +433,10 @@ def test_a_pass_is_that_by_hand(
     window: Any,
     dtype: torch.dtype,
     num_threads: int,
+    num_ranks: int,
     data: Any,
 ):
-    stack = Stack(num_members, heads, kinds=kinds, window=window, kept=dtype, **traits)
+    stack = Stack(num_members, heads, kinds=kinds, window=window, kept=dtype, num_ranks=num_ranks, **traits)
     member, running = (num_members - 1, 1) if alone else (None, num_members)
     starts = data.draw(st.lists(st.integers(0, 30), min_size=running * len(slots), max_size=running * len(slots)))
     view = SlotView(stack.cache, slots, member, torch.tensor(starts), num_new)
@@ -485,7 +497,8 @@ def test_rows_beyond_a_slot_or_over_another_cache_are_refused():
         kernel(x, SlotView(other.cache, [0], None, torch.tensor([37, 0]), 3))
 
 
-OUTSIDE = Adapters(torch.zeros(4, 20), [Up(slice(20, 25), slice(0, 4), torch.zeros(4, 5))], torch.zeros(2, 4))
+TWO = [slice(0, 2), slice(2, 4)]
+OUTSIDE = Adapters(torch.zeros(4, 20), [Up(slice(20, 25), slice(0, 4), TWO, torch.zeros(5, 4))], torch.zeros(4))
 
 
 @needs_kernel

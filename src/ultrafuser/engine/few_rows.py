@@ -23,11 +23,12 @@ MOST_ROWS = 32  # above that arithmetic is what costs, and torch's own products 
 
 
 class Up(NamedTuple):
-    """The matrices B of one linear layer: outputs and ranks that are its own."""
+    """The matrices B of one linear layer, side by side: outputs, ranks, and which of these are each member's."""
 
     outputs: slice
     ranks: slice
-    weight: Tensor  # [ranks, outputs]: turned, so that adding a rank reads neighbours
+    own: Sequence[slice]  # beginning with the layer's first rank; empty without an adapter
+    weight: Float[Tensor, "outputs ranks"]
 
 
 class Adapters(NamedTuple):
@@ -35,7 +36,7 @@ class Adapters(NamedTuple):
 
     down: Float[Tensor, "R I"]
     ups: Sequence[Up]
-    scales: Float[Tensor, "G R"]  # zero for the ranks of other members
+    scales: Float[Tensor, " R"]
 
 
 class Matrix(NamedTuple):

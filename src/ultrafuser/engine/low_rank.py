@@ -1,9 +1,8 @@
 """What adapters of n specialists add to one product of their shared base: scaling * B A x, each for its own rows.
 
-All specialists' A are one matrix over all rows, so that there is one small product and not n; what belongs to others is
-set to zero (together with the scaling), and one product with all specialists' B side by side adds up the rest. So ranks
-may differ, and nothing is filled up. It costs a little arithmetic in vain, which decoding has to spare: its time is
-that of reading the weights, and of calling operations.
+All specialists' A are one matrix over all rows, so that there is one small product and not n: what it makes for the
+ranks of others is arithmetic in vain, which decoding has to spare. Each B is multiplied by its own ranks. Ranks may
+differ; nothing is filled up.
 
 Shapes: G specialists, M rows of each, I inputs, O outputs, R ranks of all specialists and layers together.
 
@@ -19,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ultrafuser.engine.few_rows import Adapters, Up, own
+from ultrafuser.engine.few_rows import Adapters, Up
 from ultrafuser.engine.narrow import keeps_values, multiply_narrow
 from ultrafuser.engine.reduced import fits_fp16
 from ultrafuser.engine.weights import AnyFormat
@@ -27,12 +26,21 @@ from ultrafuser.engine.weights import AnyFormat
 _NAME = "default"  # of the adapter in each specialist
 
 
+class Layer(NamedTuple):
+    """An adapted layer of a product: outputs, ranks, which of these are each specialist's, and B [O, r] of each."""
+
+    outputs: slice
+    ranks: slice
+    own: list[slice]
+    linears: list[nn.Linear]
+
+
 class Ranks(NamedTuple):
     """How the adapters of the layers of one product lie side by side: layer by layer, in each all specialists."""
 
     downs: list[nn.Linear]  # A [r, I] of each
-    factors: Float[Tensor, "G R"]  # the scaling of the specialist whose rank it is, zero for the others
-    ups: list[tuple[slice, slice, list[nn.Linear]]]  # of each adapted layer: its outputs, its ranks, B [O, r] of each
+    scales: Float[Tensor, " R"]
+    layers: list[Layer]
 
 
 def lay_out(parts: Sequence[Sequence[Any]]) -> Ranks:
@@ -41,23 +49,23 @@ def lay_out(parts: Sequence[Sequence[Any]]) -> Ranks:
     At least one has an adapter.
     """
     downs: list[nn.Linear] = []
-    factors: list[Tensor] = []
-    ups: list[tuple[slice, slice, list[nn.Linear]]] = []
-    start = rank = 0
+    scales: list[float] = []
+    layers: list[Layer] = []
+    start = 0
     for column in zip(*parts, strict=True):
-        layers = [(j, layer) for j, layer in enumerate(column) if has_adapter(layer)]
-        first = rank
-        for j, layer in layers:
-            downs.append(layer.lora_A[_NAME])
-            factor = torch.zeros((len(parts), downs[-1].out_features))
-            factor[j] = layer.scaling[_NAME]
-            factors.append(factor)
-            rank += downs[-1].out_features
+        first, own, ups = len(scales), [], []
+        for part in column:
+            before = len(scales)
+            if has_adapter(part):
+                downs.append(part.lora_A[_NAME])
+                ups.append(part.lora_B[_NAME])
+                scales += [part.scaling[_NAME]] * downs[-1].out_features
+            own.append(slice(before - first, len(scales) - first))
         stop = start + column[0].out_features
-        if layers:
-            ups.append((slice(start, stop), slice(first, rank), [layer.lora_B[_NAME] for _, layer in layers]))
+        if ups:
+            layers.append(Layer(slice(start, stop), slice(first, len(scales)), own, ups))
         start = stop
-    return Ranks(downs, torch.cat(factors, dim=1), ups)
+    return Ranks(downs, torch.tensor(scales), layers)
 
 
 class LowRank:
@@ -72,13 +80,13 @@ class LowRank:
     """
 
     def __init__(self, ranks: Ranks, form: AnyFormat, compute_dtype: torch.dtype, *, num_threads: int) -> None:
-        linears = [*ranks.downs, *(linear for _, _, linears in ranks.ups for linear in linears)]
+        linears = [*ranks.downs, *(linear for layer in ranks.layers for linear in layer.linears)]
         self.num_threads = num_threads
         self.dtype = _kept_type([linear.weight for linear in linears], form, compute_dtype)
         self.copied = linears if self.dtype != linears[0].weight.dtype else []  # whose weights are not needed any more
-        self.down = self._joined(ranks.downs, is_turned=False)
-        self.ups = [Up(outputs, own_ranks, self._joined(own, is_turned=True)) for outputs, own_ranks, own in ranks.ups]
-        self.scales = ranks.factors.to(self.down.device, compute_dtype)
+        self.down = self._joined(ranks.downs, dim=0)
+        self.ups = [Up(outputs, own, mine, self._joined(ups, dim=1)) for outputs, own, mine, ups in ranks.layers]
+        self.scales = ranks.scales.to(self.down.device, compute_dtype)
         self.num_bytes = sum(m.numel() * m.element_size() for m in (self.down, *(up.weight for up in self.ups)))
 
     @property
@@ -88,25 +96,32 @@ class LowRank:
 
     def add_to(self, y: Float[Tensor, "G M O"], x: Float[Tensor, "G M I"], member: int | None = None) -> None:
         """Add what the adapters say of `x`, in place; with `member` both have one specialist."""
-        lowered = self._times(x.reshape(-1, x.shape[-1]), self.down).view(*x.shape[:2], -1)
-        lowered = (lowered * own(self.scales, member)[:, None]).view(-1, lowered.shape[-1])
-        rows = y.view(-1, y.shape[-1])
-        for outputs, ranks, weight in self.ups:
-            rows[:, outputs].add_(lowered[:, ranks] @ weight.to(x.dtype))
+        lowered = self._times(x.reshape(-1, x.shape[-1]), self.down).view(*x.shape[:2], -1) * self.scales
+        for outputs, ranks, own, weight in self.ups:
+            weight, shares = weight.to(x.dtype), lowered[..., ranks]
+            if member is None and len({mine.stop - mine.start for mine in own}) == 1:
+                every = shares.view(*x.shape[:2], len(own), -1)
+                mine = every.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [G, M, r]: of each its own ranks
+                y[..., outputs].add_(torch.bmm(mine, weight.view(len(weight), len(own), -1).permute(1, 2, 0)))
+                continue
+            for rows, these, j in zip(y, shares, range(len(own)) if member is None else (member,), strict=True):
+                if own[j].start < own[j].stop:
+                    rows[:, outputs].add_(these[:, own[j]] @ weight[:, own[j]].t())
 
     def _times(self, x: Tensor, matrix: Tensor) -> Tensor:
         if matrix.dtype == x.dtype:
             return x @ matrix.t()
         return multiply_narrow(x[None], matrix[None], num_threads=self.num_threads)[0]
 
-    def _joined(self, linears: list[nn.Linear], *, is_turned: bool) -> Tensor:
-        """Weights of layers, one below the other."""
+    def _joined(self, linears: Sequence[nn.Linear], *, dim: int) -> Tensor:
+        """Weights of layers, one below the other or side by side."""
         parts = [linear.weight.detach().to(self.dtype) for linear in linears]
-        weight = torch.cat([part.t() for part in parts] if is_turned else parts).contiguous()
+        weight = torch.cat(parts, dim=dim)
         if not self.copied:
-            views = torch.split(weight, [part.shape[int(is_turned)] for part in parts])
-            for linear, view in zip(linears, views, strict=True):
-                linear.weight.data = view.t() if is_turned else view  # the model goes on working; nothing is held twice
+            for linear, view in zip(
+                linears, torch.split(weight, [part.shape[dim] for part in parts], dim), strict=True
+            ):
+                linear.weight.data = view  # the model goes on working; nothing is held twice
         return weight
 
 

@@ -93,6 +93,7 @@ class Layers:
         kinds = {m.weight.dtype for m in matrices} | {m.adapters.down.dtype for m in matrices if m.adapters is not None}
         self._rounded = max(m.weight.shape[2] for m in matrices) if torch.bfloat16 in kinds else 0
         self._tables: dict[int | None, ctypes.Array[native.Layer]] = {}
+        self._ranks: list[ctypes.Array[native.Ranks]] = []
         self._cache: SlotCache | None = None  # of the last pass
 
     def takes(self, view: SlotView, num_members: int, num_rows: int) -> bool:
@@ -126,6 +127,7 @@ class Layers:
         wide, narrow, told, room, own_rows = (torch.empty(num_members * num_rows * size) for size in sizes)
         scores = torch.empty(self.num_threads * (view.cache.length + _LANES))
         rounded = make_room(self.num_threads, num_members * num_rows * self._rounded)
+        shares = torch.empty((self.num_threads, 2 * num_members * num_rows * self._room))
         keys, values = self._addresses(view.cache)
         shape, norms = self.shape, self.num_norms if member is None else 1
         attention = native.Attention(
@@ -161,6 +163,8 @@ class Layers:
             attention=attention,
             rounded=rounded.data_ptr(),
             num_rounded=rounded.shape[1],
+            shares=shares.data_ptr(),
+            num_shares=shares.shape[1],
             num_layers=len(self.layers),
             hidden_size=shape.hidden_size,
             norm_members=norms,
@@ -198,43 +202,45 @@ class Layers:
             table = (native.Layer * len(self.layers))()
             for row, layer in zip(table, self.layers, strict=True):
                 for name in ("qkv", "out", "gate_up", "down"):
-                    setattr(row, name, _structure(getattr(layer, name), member))
+                    setattr(row, name, self._structure(getattr(layer, name), member))
                 for name in ("norm_in", "norm_mlp", "norm_q", "norm_k"):
                     weight = getattr(layer, name)
                     setattr(row, name, None if weight is None else own(weight, member).data_ptr())
             self._tables[member] = table
         return table
 
+    def _structure(self, matrix: Matrix, member: int | None) -> native.Matrix:
+        """What the kernel reads, of all members or one."""
+        weight = own(matrix.weight, member)
+        _, num_out, num_in = weight.shape
+        found = native.Matrix(
+            weight=weight.data_ptr(),
+            units=None if matrix.units is None else own(matrix.units, member).data_ptr(),
+            bias=None if matrix.bias is None else own(matrix.bias, member).data_ptr(),
+            members=len(weight),
+            num_in=num_in,
+            num_out=num_out,
+            kind=KINDS[weight.dtype],
+        )
+        if matrix.adapters is not None:
+            down, ups, scales = matrix.adapters
+            found.down, found.scales = down.data_ptr(), scales.data_ptr()
+            found.num_ranks, found.num_ups, found.adapter_kind = len(down), len(ups), KINDS[down.dtype]
+            for place, up in zip(found.ups, ups, strict=False):
+                chosen = up.own if member is None else up.own[member : member + 1]
+                ranks = (native.Ranks * len(chosen))(*(native.Ranks(r.start, r.stop - r.start) for r in chosen))
+                self._ranks.append(ranks)  # of which the kernel is told the address alone
+                num_out, num_ranks = up.weight.shape
+                place.weight, place.own = up.weight.data_ptr(), ctypes.addressof(ranks)
+                place.first_out, place.num_out = up.outputs.start, num_out
+                place.first_rank, place.num_ranks = up.ranks.start, num_ranks
+        return found
+
 
 def can_run(shape: Shape) -> bool:
     """Whether the kernels know heads of this size."""
     is_known = not shape.head_size % _LANES and shape.head_size <= _LARGEST_HEAD
     return is_known and not shape.num_heads % shape.num_kv_heads
-
-
-def _structure(matrix: Matrix, member: int | None) -> native.Matrix:
-    """What the kernel reads, of all members or one."""
-    weight = own(matrix.weight, member)
-    _, num_out, num_in = weight.shape
-    found = native.Matrix(
-        weight=weight.data_ptr(),
-        units=None if matrix.units is None else own(matrix.units, member).data_ptr(),
-        bias=None if matrix.bias is None else own(matrix.bias, member).data_ptr(),
-        members=len(weight),
-        num_in=num_in,
-        num_out=num_out,
-        kind=KINDS[weight.dtype],
-    )
-    if matrix.adapters is not None:
-        down, ups, scales = matrix.adapters
-        found.down, found.scales = down.data_ptr(), own(scales, member).data_ptr()
-        found.num_ranks, found.num_ups, found.adapter_kind = len(down), len(ups), KINDS[down.dtype]
-        for place, up in zip(found.ups, ups, strict=False):
-            num_ranks, num_out = up.weight.shape
-            first = (up.outputs.start, num_out, up.ranks.start, num_ranks)
-            place.weight = up.weight.data_ptr()
-            place.first_out, place.num_out, place.first_rank, place.num_ranks = first
-    return found
 
 
 def _check_layer(layer: LayerWeights, shape: Shape, num_members: int, num_weights: int) -> None:
@@ -270,10 +276,12 @@ def _check_layer(layer: LayerWeights, shape: Shape, num_members: int, num_weight
 
 def _check_adapters(adapters: Adapters, name: str, num_out: int, num_in: int, num_members: int) -> None:
     down, ups, scales = adapters
-    fits = down.shape == (len(down), num_in) and scales.shape == (num_members, len(down)) and len(ups) <= MOST_UPS
-    for outputs, ranks, weight in ups:
-        fits &= weight.shape == (ranks.stop - ranks.start, outputs.stop - outputs.start)
+    fits = down.shape == (len(down), num_in) and scales.shape == (len(down),) and len(ups) <= MOST_UPS
+    for outputs, ranks, own_ranks, weight in ups:
+        num_ranks = ranks.stop - ranks.start
+        fits &= weight.shape == (outputs.stop - outputs.start, num_ranks) and len(own_ranks) == num_members
         fits &= outputs.start >= 0 and outputs.stop <= num_out and ranks.start >= 0 and ranks.stop <= len(down)
+        fits &= all(0 <= own.start <= own.stop <= num_ranks for own in own_ranks)
     if not fits or down.dtype not in KINDS or down.dtype == torch.int8:
         raise ValueError(f"adapters of {len(down)} ranks and {tuple(scales.shape)} scales do not fit {name}")
     check_plain((down, *(up.weight for up in ups)), down.dtype)

@@ -13,11 +13,18 @@
 #else
 #define PAUSE()
 #endif
-#define CACHED 262144 /* bytes of weights, after which outputs are still in the cache */
+#define CACHED 1048576 /* bytes of weights, after which outputs are still in the cache */
 
-/* B of the adapters of one layer of a product: which of its outputs they add to, from which of its ranks. */
+/* Some of the ranks that stand side by side. */
+struct ranks {
+    long first, count;
+};
+
+/* B of the adapters of one layer of a product: which of its outputs they add to, from which of its ranks, and which of these
+   are each member's own. */
 struct up {
-    const void *weight; /* [num_ranks, num_out] */
+    const void *weight; /* [num_out, num_ranks] */
+    const struct ranks *own;
     long first_out, num_out, first_rank, num_ranks;
 };
 
@@ -28,67 +35,100 @@ struct matrix {
     const void *weight; /* [members, num_out, num_in] */
     const float *units; /* [members, num_out]: what one of an int8 weight is; else none */
     const float *bias;  /* [members, num_out], or none */
-    /* Adapters of the members: B (scales * A x), with the ranks of all side by side; scales of others' ranks are 0. */
+    /* Adapters of the members: B (scales * A x), with A of all one below the other. */
     const void *down;    /* A [num_ranks, num_in] */
-    const float *scales; /* [G, num_ranks] */
+    const float *scales; /* [num_ranks] */
     struct up ups[MOST_UPS];
     long members, num_in, num_out, num_ranks, num_ups;
     int kind, adapter_kind;
 };
 
-/* y[o] += shares[0] * weight[ranks[0], o] + shares[1] * ..., of four ranks: as many streams as are read well at once. */
-INLINE void add_ranks(const float *shares, const long *ranks, const char *weight, float *y, long num_out, long first,
-                      long last, enum kind kind) {
-    const long size = size_of(kind);
-    long o = first;
-    for (; o + WIDE <= last; o += WIDE) {
-        wide sums = *(wide_anywhere *)(y + o);
+/* What is added to outputs of a product, and where: y [all rows, num_out] of some members. */
+struct extra {
+    const char *shares; /* [all rows, num_ranks]: scaled, and rounded where B is met as PAIRS */
+    float *y;
+    long num_members, num_rows, num_out, num_ranks;
+};
+
+/* y[c] += sum over `count` ranks of shares[rank] * weight[c, rank], of `outs` outputs (a constant where this is inlined). Sums
+   have one order, whether four are made at once or one. */
+INLINE void add_ranks(const char *shares, const char *weight, float *y, long count, long stride, int outs, enum kind kind) {
+    const enum kind share_kind = rows_kind(kind);
+    const long size = size_of(kind), step = lanes_of(kind);
+    wide sums[4] = {{0}, {0}, {0}, {0}};
+    long i = 0;
+    for (; i + step <= count; i += step) {
+        const wide part = load(shares + i * size_of(share_kind), share_kind);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            const char *at = weight + (ranks[i] * num_out + o) * size;
-            sums = add_product(sums, (wide){0} + shares[i], load(at, kind), FP32);
-            __builtin_prefetch(at + 4 * num_out * size); /* the next four ranks, or those of the next member */
+        for (int c = 0; c < outs; c++)
+            sums[c] = add_product(sums[c], part, load(weight + c * stride + i * size, kind), kind);
+    }
+    if (i < count) {
+        const wide part = load_rest(shares + i * size_of(share_kind), count - i, share_kind);
+#pragma GCC unroll 4
+        for (int c = 0; c < outs; c++)
+            sums[c] = add_product(sums[c], part, load_rest(weight + c * stride + i * size, count - i, kind), kind);
+    }
+    if (outs == 4)
+        *(four_anywhere *)y += wide_sums_of(sums[0], sums[1], sums[2], sums[3]);
+    else
+        *y += wide_sum_of(sums[0]);
+}
+
+/* What the adapters of a layer add to its outputs [first, last). B is read once and in order. */
+INLINE void add_up(const struct up *up, const struct extra *e, long first, long last, enum kind kind) {
+    const long share_size = size_of(rows_kind(kind)), stride = up->num_ranks * size_of(kind);
+    for (long o = first, outs; o < last; o += outs) {
+        outs = last - o < 4 ? 1 : 4;
+        const char *at = (const char *)up->weight + o * stride;
+        for (long ahead = 0; ahead < outs * stride; ahead += LINE) __builtin_prefetch(at + AHEAD + ahead);
+        for (long member = 0; member < e->num_members; member++) {
+            const struct ranks own = up->own[member];
+            const char *weight = at + own.first * size_of(kind);
+            for (long row = member * e->num_rows; row < (member + 1) * e->num_rows && own.count; row++) {
+                const char *shares = e->shares + (row * e->num_ranks + up->first_rank + own.first) * share_size;
+                float *y = e->y + row * e->num_out + up->first_out + o;
+                if (outs == 4)
+                    add_ranks(shares, weight, y, own.count, stride, 4, kind);
+                else
+                    add_ranks(shares, weight, y, own.count, stride, 1, kind);
+            }
         }
-        *(wide_anywhere *)(y + o) = sums;
-    }
-    if (o < last) {
-        wide sums = load_rest((const char *)(y + o), last - o, FP32);
-        for (int i = 0; i < 4; i++)
-            sums = add_product(sums, (wide){0} + shares[i],
-                               load_rest(weight + (ranks[i] * num_out + o) * size, last - o, kind), FP32);
-        memcpy(y + o, &sums, (last - o) * sizeof(float));
     }
 }
 
-static void add_up(const float *lowered, const float *scales, const struct up *up, int kind, float *y, long first,
-                   long last) {
-    float own[4];
-    long ranks[4], count = 0;
-    for (long rank = 0; rank < up->num_ranks || count; rank++) {
-        const int is_left = rank < up->num_ranks;
-        if (is_left && scales[rank] == 0) continue; /* of another member */
-        own[count] = is_left ? lowered[rank] * scales[rank] : 0;
-        ranks[count] = is_left ? rank : 0; /* four are filled up with the first, which counts nothing */
-        if (++count < 4) continue;
-        count = 0;
-        if (kind == FP32) add_ranks(own, ranks, up->weight, y, up->num_out, first, last, FP32);
-        if (kind == BF16) add_ranks(own, ranks, up->weight, y, up->num_out, first, last, BF16);
-        if (kind == FP16) add_ranks(own, ranks, up->weight, y, up->num_out, first, last, FP16);
+#define DEFINE_ADD_UP(kind)                                                                                            \
+    static NOINLINE void add_up_##kind(const struct up *up, const struct extra *e, long first, long last) {            \
+        add_up(up, e, first, last, kind);                                                                              \
     }
-}
+DEFINE_ADD_UP(FP32)
+DEFINE_ADD_UP(BF16)
+DEFINE_ADD_UP(FP16)
+#if HAS_PAIRS
+DEFINE_ADD_UP(PAIRS)
+#endif
 
-/* What adapters and bias add to the outputs [first, last) of a row. */
-static void add_to(const struct matrix *a, const float *lowered, long whose, float *y, long member, long first, long last) {
-    const float *scales = a->scales + whose * a->num_ranks;
+/* What adapters add to the outputs [first, last). */
+static void add_ups(const struct matrix *a, const struct extra *e, enum kind kind, long first, long last) {
+    void (*const call[])(const struct up *, const struct extra *, long, long) = {
+        add_up_FP32, add_up_BF16, add_up_FP16, 0,
+#if HAS_PAIRS
+        add_up_PAIRS,
+#endif
+    };
     for (const struct up *up = a->ups; up < a->ups + a->num_ups; up++) {
         const long from = first > up->first_out ? first : up->first_out, end = up->first_out + up->num_out;
         const long to = last < end ? last : end;
-        if (from < to)
-            add_up(lowered + up->first_rank, scales + up->first_rank, up, a->adapter_kind, y + up->first_out,
-                   from - up->first_out, to - up->first_out);
+        if (from < to) call[kind](up, e, from - up->first_out, to - up->first_out);
     }
-    if (a->bias)
-        for (long o = first; o < last; o++) y[o] += a->bias[member * a->num_out + o];
+}
+
+/* Scaled as B meets them, `rows` of them, in this thread's room: twice as many numbers. */
+static const char *shares_of(const struct matrix *a, const float *lowered, long rows, enum kind *kind, float *room) {
+    for (long row = 0; row < rows; row++)
+        for (long rank = 0; rank < a->num_ranks; rank++)
+            room[row * a->num_ranks + rank] = lowered[row * a->num_ranks + rank] * a->scales[rank];
+    return rows_for(kind, room, rows * a->num_ranks, (uint16_t *)(room + rows * a->num_ranks));
 }
 
 /* The threads of one pass: each does its part of every step and waits for the others before the next. Steps take some
@@ -113,27 +153,34 @@ static void wait_for_all(const struct team *team) {
             sched_yield(); /* more threads than processors */
 }
 
+/* Room of one thread: rows in bf16, and shares of ranks. */
+struct room {
+    uint16_t *rounded;
+    float *shares;
+};
+
 /* y [G, M, num_out] of x [G, M, num_in], the share of one thread. What is added to outputs is added a block of them at a
    time, before weights that are read push them out of the cache.
 
-   `lowered`: where there are adapters, room for [G * M, num_ranks]. `active`: where outputs are gates and ups, what becomes
-   of them, [G, M, num_out / 2]; else none. */
-static void multiply(const struct matrix *a, const float *x, float *y, float *lowered, float *active, uint16_t *rounded,
-                     long num_members, long num_rows, const struct team *team) {
+   `lowered`: where there are adapters, [G * M, num_ranks]. `active`: where outputs are gates and ups, what becomes of them,
+   [G, M, num_out / 2]; else none. */
+static void multiply(const struct matrix *a, const float *x, float *y, float *lowered, float *active,
+                     const struct room *room, long num_members, long num_rows, const struct team *team) {
     const long all = num_members * num_rows, rows = a->members == 1 ? all : num_rows;
     const long size = a->num_in * size_of(a->kind), inner = a->num_out / 2;
     struct share share = share_of(a->members, a->num_out, active ? 2 : 1, team->part, team->num_parts);
-    if (a->num_ranks) {
+    int awaits = a->num_ranks > 0; /* what other threads make of A */
+    enum kind adapter_kind = a->adapter_kind;
+    struct extra extra = {0, y, num_members, num_rows, a->num_out, a->num_ranks};
+    if (awaits)
         work(x, a->down, 0, lowered, share_of(1, a->num_ranks, 1, team->part, team->num_parts), all, a->num_in,
-             a->num_ranks, a->adapter_kind, rounded);
-        wait_for_all(team);
-    }
+             a->num_ranks, a->adapter_kind, room->rounded);
     const long is_plain = !a->num_ranks && !a->bias && !active, fit = CACHED / size / WIDE * WIDE;
     const long block = is_plain ? share.width : fit > WIDE ? fit : WIDE;
     while (goes_on(&share)) {
         const long before = share.member * a->num_out, start = share.member * rows, end = start + rows;
         enum kind kind = a->kind;
-        const char *own = rows_for(&kind, x + start * a->num_in, rows * a->num_in, rounded);
+        const char *own = rows_for(&kind, x + start * a->num_in, rows * a->num_in, room->rounded);
         for (long first = share.first, last; first < share.last; first = last) {
             last = first + block < share.last ? first + block : share.last;
             /* Other threads have read these lines: taking them back from their caches is begun now. */
@@ -141,14 +188,21 @@ static void multiply(const struct matrix *a, const float *x, float *y, float *lo
                 for (long o = first; o < last; o += LINE / 4) __builtin_prefetch(active + row * inner + o, 1);
             outputs(kind, own, (const char *)a->weight + before * size, kind == INT8 ? a->units + before : a->units,
                     y + before * rows, rows, a->num_in, a->num_out, share.width, first, last);
-            for (long row = start; row < end && (a->num_ranks || a->bias); row++)
+            if (awaits) {
+                wait_for_all(team);
+                extra.shares = shares_of(a, lowered, all, &adapter_kind, room->shares);
+                awaits = 0;
+            }
+            for (long piece = 0; piece < a->num_out && extra.shares; piece += share.width)
+                add_ups(a, &extra, adapter_kind, piece + first, piece + last);
+            for (long row = start; row < end && a->bias; row++)
                 for (long piece = 0; piece < a->num_out; piece += share.width)
-                    add_to(a, lowered + row * a->num_ranks, row / num_rows, y + row * a->num_out, share.member,
-                           piece + first, piece + last);
+                    for (long o = piece + first; o < piece + last; o++) y[row * a->num_out + o] += a->bias[before + o];
             for (long row = start; row < end && active; row++)
                 silu_mul(y + 2 * row * inner, y + (2 * row + 1) * inner, active + row * inner, first, last);
         }
     }
+    if (awaits) wait_for_all(team); /* one without outputs */
 }
 
 struct layer {
@@ -169,8 +223,9 @@ struct pass {
     float *wide, *narrow, *told, *room;
     float *own;                         /* [threads, 2, G, M, H] */
     uint16_t *rounded;                  /* [threads, num_rounded]: rows of a product in bf16 */
+    float *shares;                      /* [threads, num_shares]: twice the ranks of all rows */
     struct attention attention;         /* what all layers have in common */
-    long num_layers, hidden_size, norm_members, num_rounded;
+    long num_layers, hidden_size, norm_members, num_rounded, num_shares;
     float eps;
 };
 
@@ -185,7 +240,7 @@ static void run(const struct pass *p, const struct team *team) {
     const long first = own_members * part / num_parts * shared * rows;
     const long last = (own_members * (part + 1) + num_parts - 1) / num_parts * shared * rows;
     float *scores = p->attention.scores + part * (p->attention.length + LANES);
-    uint16_t *rounded = p->rounded + part * p->num_rounded;
+    const struct room room = {p->rounded + part * p->num_rounded, p->shares + part * p->num_shares};
     float *x = p->own + 2 * part * all * size, *h = x + all * size;
     struct attention a = p->attention;
     a.qkv = p->wide;
@@ -195,7 +250,7 @@ static void run(const struct pass *p, const struct team *team) {
     for (long i = 0; i < p->num_layers; i++) {
         const struct layer *own = p->layers + i;
         const float *norm_after = i + 1 < p->num_layers ? own[1].norm_in : p->norm_out;
-        multiply(&own->qkv, h, p->wide, p->room, 0, rounded, members, rows, team);
+        multiply(&own->qkv, h, p->wide, p->room, 0, &room, members, rows, team);
         wait_for_all(team);
         a.keys = p->keys[i];
         a.values = p->values[i];
@@ -204,12 +259,12 @@ static void run(const struct pass *p, const struct team *team) {
         for (long u = num_heads * part / num_parts; u < num_heads * (part + 1) / num_parts; u++)
             (a.kind == BF16 ? attend_BF16 : attend_FP32)(&a, u / a.num_kv_heads, u % a.num_kv_heads, scores);
         wait_for_all(team);
-        multiply(&own->out, p->narrow, p->told, p->room, 0, rounded, members, rows, team);
+        multiply(&own->out, p->narrow, p->told, p->room, 0, &room, members, rows, team);
         wait_for_all(team);
         add_norms(x, p->told, own->norm_mlp, h, rows, size, p->norm_members, p->eps, first, last);
-        multiply(&own->gate_up, h, p->wide, p->room, p->narrow, rounded, members, rows, team);
+        multiply(&own->gate_up, h, p->wide, p->room, p->narrow, &room, members, rows, team);
         wait_for_all(team);
-        multiply(&own->down, p->narrow, p->told, p->room, 0, rounded, members, rows, team);
+        multiply(&own->down, p->narrow, p->told, p->room, 0, &room, members, rows, team);
         wait_for_all(team);
         add_norms(x, p->told, norm_after, h, rows, size, p->norm_members, p->eps, first, last);
     }

@@ -39,10 +39,16 @@ def _wholes(*names: str) -> list[tuple[str, Any]]:
     return [(name, ctypes.c_long) for name in names]
 
 
+class Ranks(ctypes.Structure):
+    """`struct ranks` of the source."""
+
+    _fields_ = _wholes("first", "count")
+
+
 class Up(ctypes.Structure):
     """`struct up` of the source."""
 
-    _fields_ = [*_pointers("weight"), *_wholes("first_out", "num_out", "first_rank", "num_ranks")]
+    _fields_ = [*_pointers("weight", "own"), *_wholes("first_out", "num_out", "first_rank", "num_ranks")]
 
 
 MOST_UPS = 3
@@ -85,11 +91,10 @@ class Pass(ctypes.Structure):
     """`struct pass` of the source."""
 
     _fields_ = [
-        *_pointers(
-            "layers", "norm_out", "keys", "values", "x", "y", "wide", "narrow", "told", "room", "own", "rounded"
-        ),
+        *_pointers("layers", "norm_out", "keys", "values", "x", "y", "wide", "narrow", "told", "room", "own"),
+        *_pointers("rounded", "shares"),
         ("attention", Attention),
-        *_wholes("num_layers", "hidden_size", "norm_members", "num_rounded"),
+        *_wholes("num_layers", "hidden_size", "norm_members", "num_rounded", "num_shares"),
         ("eps", ctypes.c_float),
     ]
 

@@ -28,6 +28,7 @@ enum kind { FP32, BF16, FP16, INT8, PAIRS };
 #endif
 
 typedef float four __attribute__((vector_size(16)));
+typedef float four_anywhere __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec_anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
@@ -95,9 +96,19 @@ INLINE wide load(const char *at, enum kind kind) {
 
 /* The last weights of an output, fewer than a vector holds, filled up with zeros. */
 INLINE wide load_rest(const char *at, long count, enum kind kind) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const uint32_t rest = (1u << count) - 1;
+    if (kind == PAIRS) return (wide)_mm512_maskz_loadu_epi16(rest, at);
+    if (kind == FP32) return (wide)_mm512_maskz_loadu_ps(rest, at);
+    if (kind == INT8) return (wide)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(rest, at)));
+    const __m256i read = _mm256_maskz_loadu_epi16(rest, at);
+    if (kind == BF16) return (wide)_mm512_slli_epi32(_mm512_cvtepu16_epi32(read), 16);
+    return (wide)_mm512_cvtph_ps(read);
+#else
     char copy[4 * WIDE] = {0};
     memcpy(copy, at, count * size_of(kind));
     return load(copy, kind);
+#endif
 }
 
 /* The product of the last inputs and weights. No part of a tile, where their copies would take the registers. */

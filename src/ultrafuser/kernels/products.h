@@ -22,7 +22,7 @@
 /* `rows` by `outs` results: of outputs `first`, `first + gap`, ... Rows, outs and kind are constants where this is inlined,
    so `sums` lies in registers. `weight` and `y` begin at output `first`, `units` at output 0. */
 INLINE void tile(const char *x, const char *weight, const float *units, float *y, long num_in, long num_out,
-                 long first, long gap, int rows, int outs, int reads_ahead, enum kind kind) {
+                 long first, long gap, int rows, int outs, long ahead, enum kind kind) {
     const enum kind own = rows_kind(kind);
     const long size = size_of(kind), stride = gap * num_in * size, row = num_in * size_of(own), step = lanes_of(kind);
     wide sums[6][4], parts[4];
@@ -37,7 +37,7 @@ INLINE void tile(const char *x, const char *weight, const float *units, float *y
             const char *at = weight + o * stride + i * size;
             parts[o] = load(at, kind);
             KEEP(parts[o]);
-            if (reads_ahead) __builtin_prefetch(at + AHEAD, 0, 2);
+            if (ahead) __builtin_prefetch(at + ahead, 0, 2);
         }
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
@@ -73,19 +73,20 @@ INLINE void tile(const char *x, const char *weight, const float *units, float *y
 #define DEFINE_TILE(kind, rows, outs)                                                                                  \
     static NOINLINE void tile_##kind##_##rows##_##outs(const char *x, const char *weight, const float *units,         \
                                                        float *y, long num_in, long num_out, long first, long gap,      \
-                                                       int reads_ahead) {                                              \
-        tile(x, weight, units, y, num_in, num_out, first, gap, rows, outs, reads_ahead, kind);                         \
+                                                       long ahead) {                                                   \
+        tile(x, weight, units, y, num_in, num_out, first, gap, rows, outs, ahead, kind);                               \
     }
 
 #define CASE(kind, rows, outs)                                                                                         \
     case 10 * outs + rows:                                                                                             \
         tile_##kind##_##rows##_##outs(x + r * row, weight + o * stride, units, y + r * num_out + o, num_in, num_out,   \
-                                      o, gap, reads_ahead);                                                            \
+                                      o, gap, ahead);                                                                  \
         break;
 
 /* The tiles that there are, by rows and outputs: for as many registers as there are. */
 #define MOST_ROWS 6
-#define FROM_MEMORY(kind) (kind == PAIRS ? 3 : 2) /* rows up to which arithmetic is not what one waits for */
+/* Bytes that weights are asked for ahead: where a few rows do not wait for arithmetic, none. */
+#define AHEAD_FOR(kind, rows) (rows > (kind == PAIRS ? 3 : 2) ? AHEAD : kind == PAIRS && rows == 3 ? AHEAD / 4 : 0)
 #if WIDE > LANES
 #define NUM_STREAMS(num_rows) 4
 #define TILES(DO, kind) DO(kind, 1, 4) DO(kind, 2, 4) DO(kind, 3, 4) DO(kind, 4, 4) DO(kind, 5, 4) DO(kind, 6, 4)
@@ -105,7 +106,7 @@ INLINE void tile(const char *x, const char *weight, const float *units, float *y
         const long num_blocks = (num_rows + MOST_ROWS - 1) / MOST_ROWS, num_streams = NUM_STREAMS(num_rows);           \
         const long stride = num_in * size_of(kind), gap = (last - first) / num_streams;                                \
         const long row = num_in * size_of(rows_kind(kind));                                                            \
-        const int reads_ahead = num_rows > FROM_MEMORY(kind);                                                          \
+        const long ahead = AHEAD_FOR(kind, num_rows);                                                                  \
         for (long o = first; o < first + gap; o++)                                                                     \
             for (long block = 0; block < num_blocks; block++) {                                                        \
                 const long r = num_rows * block / num_blocks, rows = num_rows * (block + 1) / num_blocks - r;          \
@@ -205,7 +206,7 @@ void ultrafuser_multiply_pairs(const char *x, const char *weight, float *y, long
     const long num_tiles = (num_out + TILE - 1) / TILE, num_blocks = (num_rows + MOST_ROWS - 1) / MOST_ROWS;
     const long row = 2 * num_in, stride = 2 * num_in, gap = 1;
     const float *const units = 0;
-    const int reads_ahead = 0;
+    const long ahead = 0;
 #pragma omp parallel for num_threads(num_threads) schedule(static, 1) if (num_threads > 1)
     for (int part = 0; part < num_threads; part++) {
         const long end = num_tiles * (part + 1) / num_threads * TILE, last = end < num_out ? end : num_out;

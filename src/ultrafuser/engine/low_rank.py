@@ -11,6 +11,7 @@ Source of the update: Hu et al. 2021 (arXiv 2106.09685).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from ultrafuser.engine.few_rows import Adapters, Up
 from ultrafuser.engine.narrow import keeps_values, multiply_narrow
 from ultrafuser.engine.reduced import fits_fp16
 from ultrafuser.engine.weights import AnyFormat
+from ultrafuser.kernels.native import in_large_pages
 
 _NAME = "default"  # of the adapter in each specialist
 
@@ -68,6 +70,26 @@ def lay_out(parts: Sequence[Sequence[Any]]) -> Ranks:
     return Ranks(downs, torch.tensor(scales), layers)
 
 
+class Arena:
+    """One buffer for the adapters of a stack, in large pages: each is short, and read faster beside the others.
+
+    Args:
+        num_values: Of all.
+    """
+
+    def __init__(self, num_values: int) -> None:
+        self.num_values = num_values
+        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # what is free
+
+    def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """The next part, not filled, of the type and on the device of another tensor."""
+        key, size = (like.dtype, like.device), math.prod(shape)
+        if key not in self._buffers:
+            self._buffers[key] = in_large_pages(torch.empty(self.num_values, dtype=like.dtype, device=like.device))
+        taken, self._buffers[key] = self._buffers[key][:size], self._buffers[key][size:]
+        return taken.view(*shape)
+
+
 class LowRank:
     """Adapters of the layers of one product.
 
@@ -77,15 +99,18 @@ class LowRank:
             and become views of one buffer unless their type changes; beside reduced weights they are fp16, if they fit.
         compute_dtype: Of inputs and outputs.
         num_threads: Of torch.
+        arena: Where they will be.
     """
 
-    def __init__(self, ranks: Ranks, form: AnyFormat, compute_dtype: torch.dtype, *, num_threads: int) -> None:
+    def __init__(
+        self, ranks: Ranks, form: AnyFormat, compute_dtype: torch.dtype, *, num_threads: int, arena: Arena
+    ) -> None:
         linears = [*ranks.downs, *(linear for layer in ranks.layers for linear in layer.linears)]
         self.num_threads = num_threads
         self.dtype = _kept_type([linear.weight for linear in linears], form, compute_dtype)
         self.copied = linears if self.dtype != linears[0].weight.dtype else []  # whose weights are not needed any more
-        self.down = self._joined(ranks.downs, dim=0)
-        self.ups = [Up(outputs, own, mine, self._joined(ups, dim=1)) for outputs, own, mine, ups in ranks.layers]
+        self.down = self._joined(ranks.downs, arena, dim=0)
+        self.ups = [Up(outputs, own, mine, self._joined(ups, arena, dim=1)) for outputs, own, mine, ups in ranks.layers]
         self.scales = ranks.scales.to(self.down.device, compute_dtype)
         self.num_bytes = sum(m.numel() * m.element_size() for m in (self.down, *(up.weight for up in self.ups)))
 
@@ -113,10 +138,12 @@ class LowRank:
             return x @ matrix.t()
         return multiply_narrow(x[None], matrix[None], num_threads=self.num_threads)[0]
 
-    def _joined(self, linears: Sequence[nn.Linear], *, dim: int) -> Tensor:
+    def _joined(self, linears: Sequence[nn.Linear], arena: Arena, *, dim: int) -> Tensor:
         """Weights of layers, one below the other or side by side."""
         parts = [linear.weight.detach().to(self.dtype) for linear in linears]
-        weight = torch.cat(parts, dim=dim)
+        shape = list(parts[0].shape)
+        shape[dim] = sum(part.shape[dim] for part in parts)
+        weight = torch.cat(parts, dim=dim, out=arena.take(shape, parts[0]))
         if not self.copied:
             for linear, view in zip(
                 linears, torch.split(weight, [part.shape[dim] for part in parts], dim), strict=True
@@ -128,6 +155,11 @@ class LowRank:
 def has_adapter(layer: Any) -> bool:
     """Whether a linear layer has an adapter of peft's."""
     return hasattr(layer, "lora_A")
+
+
+def adapters_of(layer: Any) -> list[nn.Linear]:
+    """A and B of a linear layer's adapter."""
+    return [layer.lora_A[_NAME], layer.lora_B[_NAME]]
 
 
 def base_of(layer: Any) -> nn.Linear:

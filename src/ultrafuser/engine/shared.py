@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ultrafuser.engine.few_rows import Matrix
 from ultrafuser.engine.llama import LlamaStack
-from ultrafuser.engine.low_rank import LowRank, base_of, has_adapter, lay_out
+from ultrafuser.engine.low_rank import Arena, LowRank, adapters_of, base_of, has_adapter, lay_out
 from ultrafuser.engine.weights import AnyFormat, Product, make_product
 from ultrafuser.model.lora import ADAPTER_NAME, lora_layers
 
@@ -55,6 +55,11 @@ class SharedProduct:
 class SharedStack(LlamaStack):
     """G specialists of one base; see `LlamaStack` for what it takes."""
 
+    def __init__(self, models: Sequence[PreTrainedModel], **options: Any) -> None:
+        adapted = [layer for model in models for _, layer in lora_layers(model)]
+        self._arena = Arena(sum(linear.weight.numel() for layer in adapted for linear in adapters_of(layer)))
+        super().__init__(models, **options)
+
     def fused_logits(self, hidden: Float[Tensor, "G M H"], weights: Float[Tensor, "M G"]) -> Float[Tensor, "M V"]:
         """Logits of some or all specialists, weighted and added up (Equation 1), of one row of the head for each.
 
@@ -73,7 +78,8 @@ class SharedStack(LlamaStack):
         base = make_product([[base_of(layer) for layer in parts[0]]], form, num_threads=num_threads, pack=pack)
         low_rank: LowRank | None = None
         if any(map(has_adapter, layers)):
-            low_rank = LowRank(lay_out(parts), form, self.compute_dtype, num_threads=num_threads)
+            made = lay_out(parts)
+            low_rank = LowRank(made, form, self.compute_dtype, num_threads=num_threads, arena=self._arena)
         copied = bases if base.is_copy else []
         return SharedProduct(base, low_rank), [*copied, *(low_rank.copied if low_rank is not None else ())]
 

@@ -116,6 +116,18 @@ def test_an_answer_alone_is_that_of_separate_models(model: Any, reference: Any, 
         assert_answers(reference, request, run(engine, request)[0])
 
 
+def test_prompts_through_adapters_of_one_rank_are_those_of_separate_models():
+    """Blocks of 48 rows, which no kernel takes: there one batched product adds what equal ranks say."""
+    fused = make_shared(make_adapters(wishes=dict.fromkeys(WISHES, (3, ALL))))
+    reference = merged(fused)
+    engine = make_engine(fused, chunk=16)
+    for request in (
+        greedy(40, 33, 37, seed=8, max_tokens=4),
+        greedy(40, 33, 37, seed=8, max_tokens=4, without=("code",)),
+    ):
+        assert_answers(reference, request, run(engine, request)[0])
+
+
 @pytest.mark.parametrize(
     ("kinds", "form"),
     [

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from decode import loop_ms, prefill_seconds, transformers_ms
+from made_up import make_tokenizer
 from peft import LoraConfig
-from shared_base import make_up
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from shared_base import LINEARS, make_up
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ultrafuser.engine.bench import DecodeTiming, time_decoding, time_prefill
 from ultrafuser.engine.engine import Engine
@@ -32,13 +32,11 @@ from ultrafuser.engine.graphs import StepGraphs
 from ultrafuser.engine.llama import LlamaStack
 from ultrafuser.engine.options import EngineOptions
 from ultrafuser.files import write_text_atomically
-from ultrafuser.generation import SamplingParams
 from ultrafuser.model.fused import FusedForCausalLM
 from ultrafuser.model.lora import Adapter
 from ultrafuser.provenance import describe_run
 
 NAMES = ("text", "code", "math")
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "vocab_size": 49_152,
@@ -71,16 +69,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 PROMPT, CONTEXT, PREFILL = 100, 640, 512  # tokens
 
 
-def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """One of bytes, filled up to a vocabulary with words that nobody writes."""
-    tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokens += [f"w{number}" for number in range(vocab_size - len(tokens))]
-    bytewise = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bytewise.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bytewise, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
 class Bench:
     """One shape of specialists.
 
@@ -89,7 +77,7 @@ class Bench:
         device: Where.
         batches: Choices at once.
         tokens: Of every answer.
-        compiled: Measure compiled steps, too: that takes minutes.
+        compiled: Measure compiled steps, too.
     """
 
     def __init__(
@@ -113,10 +101,10 @@ class Bench:
         fused = make(specialists, templates=["plain"] * len(specialists), tokenizer=self.tokenizer, **options)
         return fused.to(self.device)
 
-    def engine(self, fused: Any, **options: Any) -> Engine:
+    def engine(self, fused: Any) -> Engine:
         """Without drafts."""
-        settings = {"max_context": CONTEXT, "drafts": (), "max_choices": max(self.batches), "chunk": PREFILL}
-        return Engine(fused, self.tokenizer, EngineOptions(**{**settings, **options}))
+        options = EngineOptions(max_context=CONTEXT, drafts=(), max_choices=max(self.batches), chunk=PREFILL)
+        return Engine(fused, self.tokenizer, options)
 
     def prompts(self, num_specialists: int, number: int) -> list[tuple[tuple[int, ...], ...]]:
         """Random ones; specialists' rows differ in length, as those of different templates do."""
@@ -130,20 +118,17 @@ class Bench:
             for _ in range(number)
         ]
 
-    def time(self, name: str, engine: Engine, batches: Sequence[int] | None = None) -> DecodeTiming:
-        """A line for every batch; returns that of the first."""
-        found = []
+    def time(self, name: str, engine: Engine, batches: Sequence[int] | None = None) -> None:
+        """A line for every batch that fits."""
         for batch in batches or self.batches:
             if batch > engine.num_slots:
                 print(f"  {name}: {batch} choices do not fit at once")
                 continue
             prompts = self.prompts(len(engine.names), 2 * batch)
             began = time.perf_counter()
-            time_decoding(engine, prompts[:batch], name=name, batch=batch, max_tokens=4, params=SamplingParams())
+            time_decoding(engine, prompts[:batch], name=name, batch=batch, max_tokens=4)
             self.numbers[f"{name}, batch {batch}: seconds until it is warm"] = time.perf_counter() - began
-            found.append(time_decoding(engine, prompts, name=name, batch=batch, max_tokens=self.tokens))
-            self.show(found[-1])
-        return found[0]
+            self.show(time_decoding(engine, prompts, name=name, batch=batch, max_tokens=self.tokens))
 
     def show(self, t: DecodeTiming) -> None:
         """Keep a line and print it."""
@@ -221,7 +206,7 @@ def replay_ms(graphs: StepGraphs, repetitions: int = 50) -> float:
     return 1e3 * (time.perf_counter() - began) / repetitions
 
 
-def read_rate(device: torch.device) -> float:
+def copy_rate(device: torch.device) -> float:
     """GB/s at which the device copies memory, bytes read and written counted, the best of a few."""
     source = torch.zeros(2**30, dtype=torch.float32, device=device)
     target, best = torch.empty_like(source), float("inf")
@@ -240,14 +225,14 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["smollm2-135m", "llama2-7b"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--tokens", type=int, default=32, help="of every answer")
-    parser.add_argument("--compiled", action="store_true", help="measure compiled steps, too, which takes minutes")
+    parser.add_argument("--compiled", action="store_true", help="measure compiled steps, too")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: benchmarks/decode.py measures on the CPU")
     device = torch.device("cuda")
     torch.set_grad_enabled(False)
-    report: dict[str, Any] = {"run": describe_run(), "copies at GB/s": read_rate(device)}
+    report: dict[str, Any] = {"run": describe_run(), "copies at GB/s": copy_rate(device)}
     print(f"{torch.cuda.get_device_name()}, copies at {report['copies at GB/s']:.0f} GB/s")
     for shape in options.shapes:
         print(shape)

@@ -169,14 +169,10 @@ def held_bytes(device: torch.device) -> int:
 
 def make_up(work: Path, *, small: bool) -> Path:
     """Three random Llamas of different templates, a domain of numbered questions for each, and a recipe over them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from made_up import make_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    bytewise = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bytewise.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer = make_tokenizer()
     templates = {"text": "ultralm", "code": "codellama", "math": "wizardmath"}
     hidden = 128 if small else 512
     shape: dict[str, Any] = {

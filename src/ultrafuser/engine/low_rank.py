@@ -110,7 +110,10 @@ class LowRank:
         self.dtype = _kept_type([linear.weight for linear in linears], form, compute_dtype)
         self.copied = linears if self.dtype != linears[0].weight.dtype else []  # whose weights are not needed any more
         self.down = self._joined(ranks.downs, arena, dim=0)
-        self.ups = [Up(outputs, own, mine, self._joined(ups, arena, dim=1)) for outputs, own, mine, ups in ranks.layers]
+        self.ups = [
+            Up(layer.outputs, layer.ranks, layer.own, self._joined(layer.linears, arena, dim=1))
+            for layer in ranks.layers
+        ]
         self.scales = ranks.scales.to(self.down.device, compute_dtype)
         self.num_bytes = sum(m.numel() * m.element_size() for m in (self.down, *(up.weight for up in self.ups)))
 
@@ -124,7 +127,7 @@ class LowRank:
         lowered = self._times(x.reshape(-1, x.shape[-1]), self.down).view(*x.shape[:2], -1) * self.scales
         for outputs, ranks, own, weight in self.ups:
             weight, shares = weight.to(x.dtype), lowered[..., ranks]
-            if member is None and len({mine.stop - mine.start for mine in own}) == 1:
+            if member is None and len({part.stop - part.start for part in own}) == 1:
                 every = shares.view(*x.shape[:2], len(own), -1)
                 mine = every.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [G, M, r]: of each its own ranks
                 y[..., outputs].add_(torch.bmm(mine, weight.view(len(weight), len(own), -1).permute(1, 2, 0)))

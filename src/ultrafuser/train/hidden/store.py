@@ -126,12 +126,12 @@ class HiddenStore:
     def _key(self, name: str, window: Window) -> str:
         if (name, window.label) not in self._keys:
             digest = hashlib.sha256(json.dumps(sorted(self.identities[name].items())).encode())
-            views = self.views(name, window)
-            self._orders[name, window.label] = [record.id for record in views]
-            for record in views:
+            position, records = self._position(name), self._in_order(name, window)
+            self._orders[name, window.label] = [record.id for record in records]
+            for record in records:
                 digest.update(repr((record.id, len(record.turns))).encode())
                 for turn in record.turns:
-                    for ids in (turn.prompts[0], turn.response, turn.hides_end):
+                    for ids in (turn.prompts[position], turn.response, (turn.hides_end[position],)):
                         digest.update(array("q", [len(ids), *ids]).tobytes())
             self._keys[name, window.label] = digest.hexdigest()
         return self._keys[name, window.label]
@@ -143,9 +143,23 @@ class HiddenStore:
 
     def views(self, name: str, window: Window) -> list[EncodedRecord]:
         """The records of a window as one specialist reads them, in the order of its file."""
-        position = list(self.identities).index(name)
-        views = [view_of(record, position) for record in window.records.values()]
-        return sorted(views, key=lambda record: (record.num_columns, record.id))  # as micro_batches lines them up
+        position = self._position(name)
+        return [view_of(record, position) for record in self._in_order(name, window)]
+
+    def _position(self, name: str) -> int:
+        return list(self.identities).index(name)
+
+    def _in_order(self, name: str, window: Window) -> list[EncodedRecord]:
+        """The records of a window as they are, in the order of a specialist's file: as `micro_batches` lines up views.
+
+        Views of all would be thousands of tuples, which the key of a file does not need.
+        """
+        position = self._position(name)
+
+        def num_columns(record: EncodedRecord) -> int:
+            return sum(len(turn.prompts[position]) + len(turn.response) for turn in record.turns)
+
+        return sorted(window.records.values(), key=lambda record: (num_columns(record), record.id))
 
 
 def view_of(record: EncodedRecord, position: int) -> EncodedRecord:

@@ -9,6 +9,7 @@ Source: Ding et al. 2024 (arXiv 2403.08281), Section 3.1: fusion on response tok
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ultrafuser.chat.messages import Conversation
@@ -51,10 +52,12 @@ def split_turns(
     responses = _responses(conversation)
     if not responses:
         return []
-    closing = last_turn(template, conversation, bos_token=bos_token, eos_token=eos_token, end_token=end_token)
-    history = conversation[: responses[-1]]
-    pieces, prompt = _split(template, history, bos_token=bos_token, eos_token=eos_token, end_token=end_token)
-    return [*pieces, TurnPiece(prompt, closing.response, closing.hides_end)]
+    last = responses[-1]
+    names = {"bos_token": bos_token, "eos_token": eos_token}
+    texts = _texts(template, conversation[:last], **names)
+    pieces, prompt = _split(template, conversation[:last], texts, end_token=end_token)
+    hides_end = _hides_end(template, conversation[: last + 1], texts[-1], end_token=end_token, **names)
+    return [*pieces, TurnPiece(prompt, conversation[last].content, hides_end)]
 
 
 def last_turn(
@@ -72,12 +75,11 @@ def last_turn(
     if not responses:
         raise DataError(f"a conversation of {len(conversation)} messages has no assistant message, so no response")
     last = responses[-1]
-    response = conversation[last].content
     prompt = template.render(conversation[:last], bos_token=bos_token, eos_token=eos_token)
-    closed = template.render(
-        conversation[: last + 1], bos_token=bos_token, eos_token=eos_token, add_generation_prompt=False
+    hides_end = _hides_end(
+        template, conversation[: last + 1], prompt, bos_token=bos_token, eos_token=eos_token, end_token=end_token
     )
-    return TurnPiece(prompt, response, hides_end=not closed.startswith(prompt + response + end_token))
+    return TurnPiece(prompt, conversation[last].content, hides_end)
 
 
 def split_prompt(
@@ -93,7 +95,8 @@ def split_prompt(
         TemplateError: The template cannot write this conversation, or changes its earlier turns as it grows.
     """
     _check_waits_for_answer(conversation)
-    return _split(template, conversation, bos_token=bos_token, eos_token=eos_token, end_token=end_token)
+    texts = _texts(template, conversation, bos_token=bos_token, eos_token=eos_token)
+    return _split(template, conversation, texts, end_token=end_token)
 
 
 def prompt_text(template: Template, conversation: Conversation, *, bos_token: str, eos_token: str) -> str:
@@ -107,14 +110,25 @@ def prompt_text(template: Template, conversation: Conversation, *, bos_token: st
     return template.render(conversation, bos_token=bos_token, eos_token=eos_token)
 
 
+def _texts(template: Template, conversation: Conversation, *, bos_token: str, eos_token: str) -> list[str]:
+    """What the template writes before each response of a conversation, and of all of it."""
+    stops = (*_responses(conversation), len(conversation))
+    return [template.render(conversation[:stop], bos_token=bos_token, eos_token=eos_token) for stop in stops]
+
+
+def _hides_end(
+    template: Template, closed: Conversation, prompt: str, *, bos_token: str, eos_token: str, end_token: str
+) -> bool:
+    """Whether a conversation whose last message is a response goes on otherwise than by the shared end token."""
+    text = template.render(closed, bos_token=bos_token, eos_token=eos_token, add_generation_prompt=False)
+    return not text.startswith(prompt + closed[-1].content + end_token)
+
+
 def _split(
-    template: Template, conversation: Conversation, *, bos_token: str, eos_token: str, end_token: str
+    template: Template, conversation: Conversation, texts: Sequence[str], *, end_token: str
 ) -> tuple[list[TurnPiece], str]:
+    """Answered turns of a conversation and the prompt after them; `texts` as `_texts` writes it."""
     responses = _responses(conversation)
-    texts = [
-        template.render(conversation[:stop], bos_token=bos_token, eos_token=eos_token)
-        for stop in (*responses, len(conversation))
-    ]
     pieces: list[TurnPiece] = []
     prompt = texts[0]
     for index, before, after in zip(responses, texts, texts[1:], strict=False):

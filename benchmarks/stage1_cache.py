@@ -158,14 +158,10 @@ def timed(run: Callable[..., None], clock: dict[str, float]) -> Callable[..., No
 
 def make_up(work: Path, size_mb: int) -> Path:
     """Three random Llamas, a domain of numbered questions for each, and a recipe over them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from made_up import make_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    bytewise = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bytewise.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer = make_tokenizer()
     per_layer = 4 * 512**2 + 3 * 512 * 1376
     templates = {"text": "ultralm", "code": "codellama", "math": "wizardmath"}
     path = work / "made-up.yaml"

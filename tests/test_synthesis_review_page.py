@@ -133,9 +133,8 @@ def test_a_reload_keeps_what_was_not_saved(page: Any):
     page.locator("[data-key=t2] .strike").click()
     page.locator("[data-key=t2] .note").fill("why")
     page.on("dialog", lambda dialog: dialog.accept())  # the browser asks before it leaves
-    page.wait_for_timeout(
-        500
-    )  # nobody reloads in the millisecond of the last key; once, on a busy machine, it was lost
+    # Nobody reloads in the millisecond of the last key; once, on a busy machine, it was lost.
+    page.wait_for_timeout(500)
     page.reload()
 
     assert page.locator("[data-key=t2]").get_attribute("data-verdict") == "strike"

@@ -25,6 +25,8 @@ from training_helpers import (
     untimed_metrics,
     write_ingredients,
 )
+from ultrafuser.alignment.collate import micro_batches
+from ultrafuser.alignment.encode import EncodedRecord, EncodedTurn
 from ultrafuser.config.load import load_recipe
 from ultrafuser.config.training import Stage1CacheConfig
 from ultrafuser.errors import ConfigError, ModelError, TrainingError
@@ -34,6 +36,7 @@ from ultrafuser.model.lean import SpecialistLoader
 from ultrafuser.train.hidden import fill
 from ultrafuser.train.hidden.fill import SpecialistsInMemory
 from ultrafuser.train.hidden.loop import CachedLoop
+from ultrafuser.train.hidden.store import line_up, view_of
 from ultrafuser.train.loop import Loop
 from ultrafuser.train.phase import Phase
 from ultrafuser.train.trainer import Trainer
@@ -118,6 +121,27 @@ def test_one_weight_for_a_whole_response_is_held_from_disk_too(tmp_path: Path):
 @pytest.mark.parametrize("space", ["logprobs", "probs"])
 def test_other_fusion_spaces_are_those_of_live_training(tmp_path: Path, space: str):
     assert_same_training(*train_both(tmp_path, make=lambda: make_fused(fusion_space=space)))
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_records_are_lined_up_as_their_views_are_run(position: int):
+    drawn = torch.Generator().manual_seed(position)
+
+    def ids() -> tuple[int, ...]:
+        return tuple(range(int(torch.randint(1, 9, (), generator=drawn))))
+
+    records = [
+        EncodedRecord(
+            str(name), "text", tuple(EncodedTurn((ids(), ids()), ids(), (False, True)) for _ in range(1 + name % 3))
+        )
+        for name in range(60)
+    ]
+
+    lined_up = [record.id for record in line_up(records, position)]
+
+    views = [view_of(record, position) for record in records]
+    assert lined_up == [view.id for piece in micro_batches(views, max_columns=64) for view in piece]
+    assert lined_up != [record.id for record in line_up(records, 1 - position)]
 
 
 def test_a_second_run_of_another_gate_and_rate_needs_no_forward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -126,7 +126,8 @@ class HiddenStore:
     def _key(self, name: str, window: Window) -> str:
         if (name, window.label) not in self._keys:
             digest = hashlib.sha256(json.dumps(sorted(self.identities[name].items())).encode())
-            position, records = self._position(name), self._in_order(name, window)
+            position = self._position(name)
+            records = line_up(window.records.values(), position)
             self._orders[name, window.label] = [record.id for record in records]
             for record in records:
                 digest.update(repr((record.id, len(record.turns))).encode())
@@ -144,22 +145,22 @@ class HiddenStore:
     def views(self, name: str, window: Window) -> list[EncodedRecord]:
         """The records of a window as one specialist reads them, in the order of its file."""
         position = self._position(name)
-        return [view_of(record, position) for record in self._in_order(name, window)]
+        return [view_of(record, position) for record in line_up(window.records.values(), position)]
 
     def _position(self, name: str) -> int:
         return list(self.identities).index(name)
 
-    def _in_order(self, name: str, window: Window) -> list[EncodedRecord]:
-        """The records of a window as they are, in the order of a specialist's file: as `micro_batches` lines up views.
 
-        Views of all would be thousands of tuples, which the key of a file does not need.
-        """
-        position = self._position(name)
+def line_up(records: Iterable[EncodedRecord], position: int) -> list[EncodedRecord]:
+    """Whole records in the order in which `micro_batches` lines up their views at a position.
 
-        def num_columns(record: EncodedRecord) -> int:
-            return sum(len(turn.prompts[position]) + len(turn.response) for turn in record.turns)
+    No view is made for it: of a stage they would be tens of thousands of tuples.
+    """
 
-        return sorted(window.records.values(), key=lambda record: (num_columns(record), record.id))
+    def num_columns(record: EncodedRecord) -> int:
+        return sum(len(turn.prompts[position]) + len(turn.response) for turn in record.turns)
+
+    return sorted(records, key=lambda record: (num_columns(record), record.id))
 
 
 def view_of(record: EncodedRecord, position: int) -> EncodedRecord:
